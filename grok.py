@@ -1,0 +1,587 @@
+"""A tiny parameter-sharing transformer that groks two-hop composition, and the loop that trains it.
+
+    python grok.py                          the default: preset tiny, regime natural, seed 0
+    python grok.py --regime both_full       another data regime of the paper
+    python grok.py --help                   every setting
+
+Paper: He et al., "Is Grokking Worthwhile?", arXiv 2601.09049. Words used throughout:
+
+    B  queries in a batch            h, r1, r2  head entity and the two relations of a query
+    T  token positions (4)           b, t       bridge entity; tail entity, the answer
+    D  width of the model            state      residual stream after a loop, (B, T, D)
+    V  tokens of the vocabulary      site       (loop, position): where a state can be read
+"""
+import dataclasses
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import (BadInput, Parser, REGIMES, SPLITS, WorldConfig, check_settings, make_splits,
+                  make_world, setting, settings)
+
+LAYOUTS = ("bidirectional", "causal")
+LENGTH = 4  # h r1 r2 and one blank; an atomic query is h r and two blanks
+
+
+@dataclass(frozen=True)
+class Config:
+    """The model and its training. Wang et al. train the ordinary transformer, `shared` False."""
+    layout: str = setting("bidirectional", None, None, "what attention sees", LAYOUTS)
+    shared: bool = setting(True, None, None, "one block for all loops; false: one block a loop")
+    d_model: int = setting(96, 4, 2**14, "width D")
+    n_heads: int = setting(2, 1, 2**7, "attention heads")
+    n_loops: int = setting(4, 1, 2**7, "passes through the block")
+    logit_scale: float = setting(0.6, 1e-6, 1e6, "logits = scale * sqrt(D) * cosine, not learned")
+    lr: float = setting(4e-3, 0.0, 10.0, "AdamW step size, constant after the warm-up")
+    weight_decay: float = setting(0.5, 0.0, 1e3, "AdamW weight decay, on every parameter")
+    batch_size: int = setting(128, 1, 2**20, "queries a step")
+    steps: int = setting(8000, 1, 10**9, "training steps")
+    warmup: int = setting(200, 0, 10**9, "steps of linear warm-up")
+    ema: float = setting(0.999, 0.0, 1.0, "decay of the averaged weights that are evaluated")
+    atomic_share: float = setting(0.5, 0.0, 1.0, "share of a batch that is atomic facts")
+    min_loops: int = setting(2, 1, 2**7, "the answer is trained after this loop and every later")
+    eval_every: int = setting(100, 1, 10**9, "steps between evaluations")
+    seed: int = setting(0, 0, 2**63 - 1, "seed of initialisation and batches")
+
+
+PRESETS = {  # name: (what it is for, world settings, model settings)
+    "tiny": ("minutes on two CPU cores", {}, {}),
+    "smoke": ("seconds, for the tests", dict(n_entities=12, n_relations=8, out_degree=6, phi=4.0,
+                                             ood_fraction=0.2),
+              dict(d_model=32, n_heads=1, n_loops=3, batch_size=64, steps=200, warmup=20,
+                   eval_every=50)),
+    "paper": ("the paper's world, for one GPU", dict(n_entities=2000, n_relations=200,
+                                                     out_degree=20, ood_fraction=0.05, phi=18.0),
+              dict(d_model=512, n_heads=8, batch_size=2048, lr=1e-3, steps=40000, warmup=1000,
+                   eval_every=500)),
+}
+
+
+# ---------------------------------------------------------------- the model
+
+def rms_norm(x):
+    """x scaled to root mean square 1 along its last axis; no gain is learned."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def rotate(x, positions):
+    """RoPE: turn pairs of channels of x (..., T, d) by angles proportional to the position."""
+    half = x.shape[-1] // 2
+    speed = 100.0 ** (-torch.arange(half, device=x.device) / half)
+    angle = positions[:, None] * speed                                          # (T, d/2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+
+
+def attend(q, k, v, causal):
+    """Softmax attention over (B, heads, T, d), written out: SDPA is slower for four tokens."""
+    score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])                    # (B, heads, T, T)
+    if causal:
+        future = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        score = score.masked_fill(future, -torch.inf)
+    return score.softmax(-1) @ v
+
+
+class Block(nn.Module):
+    """Attention over the state, then an MLP on (input + what was attended).
+
+    Two departures from the standard block, both needed here (README, "Ingredients"): the residual
+    stream restarts from the input embedding in every loop, and the MLP has no residual around it,
+    so that a state holds what was looked up and nothing else.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        D, hidden = config.d_model, 8 * config.d_model // 3
+        self.n_heads, self.causal = config.n_heads, config.layout == "causal"
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.out = nn.Linear(D, D, bias=False)
+        self.gate_up = nn.Linear(D, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, D, bias=False)
+
+    def forward(self, state, x):
+        """state (B, T, D) after the last loop, x (B, T, D) the input -> state (B, T, D)."""
+        B, T, D = state.shape
+        q, k, v = self.qkv(state).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        positions = torch.arange(T, device=x.device)                            # each (B, nh, T, d)
+        mixed = attend(rotate(q, positions), rotate(k, positions), v, self.causal)
+        mixed = mixed.transpose(1, 2).reshape(B, T, D)                          # heads side by side
+        gate, up = self.gate_up(rms_norm(x + self.out(mixed))).chunk(2, dim=-1)
+        return rms_norm(self.down(F.silu(gate) * up))
+
+
+class LoopedTransformer(nn.Module):
+    """One block applied n_loops times: the parameter sharing of the paper's model (TRM)."""
+
+    def __init__(self, config, n_entities, n_relations):
+        super().__init__()
+        self.config, self.blank = config, n_entities + n_relations
+        self.embedding = nn.Parameter(torch.empty(self.blank + 1, config.d_model))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(1 if config.shared
+                                                                 else config.n_loops))
+        for name, weight in self.named_parameters():
+            fan_in = 1 if name == "embedding" else weight.shape[1]
+            nn.init.normal_(weight, std=fan_in ** -0.5)
+
+    def forward(self, tokens, n_loops=None, edit=None):
+        """tokens (B, T) -> logits (B, V) at each query's answer position.
+
+        `edit(loop, state) -> state`, if given, is called after every loop with the state (B, T, D):
+        the one hook behind the logit lens and all activation patching.
+        """
+        x = state = rms_norm(self.embedding)[tokens]                            # (B, T, D)
+        for loop in range(n_loops or self.config.n_loops):
+            # the sharing: every pass goes through the same block
+            block = self.blocks[0 if self.config.shared else loop]
+            state = block(state, x)
+            if edit is not None:
+                state = edit(loop, state)
+        return self.unembed(self.read(state, tokens))
+
+    def read(self, state, tokens):
+        """The state at the answer position, (B, D): the first blank, or, causal, the last token."""
+        place = (tokens != self.blank).sum(1) - int(self.config.layout == "causal")
+        return state[torch.arange(len(tokens), device=tokens.device), place]
+
+    def unembed(self, state):
+        """Logits (..., V) of any state (..., D): scaled cosines with the token embeddings."""
+        return self.config.logit_scale / math.sqrt(self.config.d_model) * (
+            state @ rms_norm(self.embedding).T)
+
+
+def to_tokens(queries, world):
+    """Queries of data.py -> tokens (N, T) and answers (N,), torch int64.
+
+    Entity e is token e, relation r is token E + r, the blank is E + R.
+    """
+    E, blank = world.n_entities, world.n_entities + world.n_relations
+    tokens = np.full((len(queries.h), LENGTH), blank)
+    tokens[:, 0], tokens[:, 1] = queries.h, E + queries.r1
+    tokens[:, 2] = np.where(queries.r2 >= 0, E + queries.r2, blank)
+    return torch.from_numpy(tokens), torch.from_numpy(np.asarray(queries.t))
+
+
+# ---------------------------------------------------------------- what is measured while training
+
+def run_states(model, tokens):
+    """All states of one run of the model, (n_loops, B, T, D)."""
+    kept = []
+    model(tokens, edit=lambda loop, state: kept.append(state) or state)
+    return torch.stack(kept)
+
+
+def bridge_rates(model, tokens, bridges):
+    """Logit lens on the bridge: shares of queries whose b is the top-1 token.
+
+    `any`: at one site at least (the paper's measure); `best`: at the best fixed site; `_chance`:
+    the same for the bridges of other queries.
+    """
+    top = model.unembed(run_states(model, tokens)).argmax(-1)                   # (loops, B, T)
+    rates = {}
+    for name, b in (("", bridges), ("_chance", bridges.roll(1))):
+        hit = top == b[None, :, None]
+        rates["any" + name] = hit.any(2).any(0).float().mean().item()
+        rates["best" + name] = hit.float().mean(1).max().item()
+    return rates
+
+
+@torch.no_grad()
+def evaluate(model, exams):
+    """{"accuracy": {split: share right}, "lens": {split: bridge_rates}} over `make_exams`."""
+    accuracy, lens = {}, {}
+    for split, (tokens, answers, bridges) in exams.items():
+        if len(tokens):
+            accuracy[split] = (model(tokens).argmax(-1) == answers).float().mean().item()
+        if split in ("test_id", "test_ood"):
+            lens[split] = bridge_rates(model, tokens, bridges)
+    return {"accuracy": accuracy, "lens": lens}
+
+
+def make_exams(splits, world, device, most=1000):
+    """Up to `most` random queries of each split: {split: (tokens, answers, bridges)}."""
+    rng = np.random.default_rng(0)
+    exams = {}
+    for name in SPLITS:
+        chosen = splits[name].take(rng.permutation(len(splits[name].h))[:most])
+        exams[name] = tuple(x.to(device) for x in (*to_tokens(chosen, world),
+                                                   torch.from_numpy(chosen.b)))
+    return exams
+
+
+# ---------------------------------------------------------------- training
+
+def training_rows(splits, world, device):
+    """All training rows, atomic facts first: tokens (N, T), answers (N,), number of facts."""
+    parts = [to_tokens(splits[s], world) for s in ("id_atomic", "ood_atomic", "train_inferred")]
+    tokens, answers = (torch.cat(column).to(device) for column in zip(*parts))
+    return tokens, answers, len(parts[0][0]) + len(parts[1][0])
+
+
+def draw(config, n_facts, n_rows, generator):
+    """Row numbers of one batch, with replacement; atomic_share 0: all rows alike (the paper)."""
+    pick = lambda low, high, n: torch.randint(low, high, (n,), generator=generator,
+                                              device=generator.device)
+    atomic = round(config.atomic_share * config.batch_size)
+    if not atomic:
+        return pick(0, n_rows, config.batch_size)
+    return torch.cat([pick(0, n_facts, atomic), pick(n_facts, n_rows, config.batch_size - atomic)])
+
+
+def loss_of(model, tokens, answers):
+    """Cross-entropy of the answer, mean over the loops from min_loops on (deep supervision)."""
+    losses = []
+
+    def grade(loop, state):
+        if loop + 1 >= min(model.config.min_loops, model.config.n_loops):
+            logits = model.unembed(model.read(state, tokens))
+            losses.append(F.cross_entropy(logits, answers))
+        return state
+
+    model(tokens, edit=grade)
+    return torch.stack(losses).mean()
+
+
+class Trainer:
+    """All that changes during a run: weights, their average, optimiser, draws, what was measured."""
+
+    def __init__(self, config, world, splits, device):
+        torch.manual_seed(config.seed)
+        self.config, self.step, self.history = config, 0, []
+        sizes = world.n_entities, world.n_relations
+        self.model = LoopedTransformer(config, *sizes).to(device)
+        self.average = LoopedTransformer(config, *sizes).to(device).requires_grad_(False)
+        self.average.load_state_dict(self.model.state_dict())
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.lr, betas=(0.9, 0.98),
+            weight_decay=config.weight_decay, fused=device.type != "mps")
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.tokens, self.answers, self.n_facts = training_rows(splits, world, device)
+        self.exams = make_exams(splits, world, device)
+        self.losses = torch.zeros(config.eval_every, device=device)
+        self.began = time.perf_counter()
+
+    def train_step(self):
+        """One batch: forward, backward, AdamW, moving average. Leaves the loss on the device."""
+        config = self.config
+        rows = draw(config, self.n_facts, len(self.tokens), self.generator)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup))
+        loss = loss_of(self.model, self.tokens[rows], self.answers[rows])
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.losses[self.step % config.eval_every] = loss.detach()
+        self.step += 1
+        decay = min(config.ema, self.step / (self.step + 10))
+        with torch.no_grad():
+            for mean, weight in zip(self.average.parameters(), self.model.parameters()):
+                mean.lerp_(weight, 1 - decay)
+
+    def measure(self):
+        """Append one line to the history. Raises BadInput if a loss was not finite."""
+        count = (self.step - 1) % self.config.eval_every + 1
+        bad = (~torch.isfinite(self.losses[:count])).nonzero()
+        if len(bad):
+            raise BadInput(f"loss is not finite at step {self.step - count + 1 + bad[0].item()}: "
+                           f"lower lr = {self.config.lr:g}; the last good checkpoint is kept")
+        self.history.append({"step": self.step, "loss": self.losses[:count].mean().item(),
+                             "seconds": round(time.perf_counter() - self.began, 1),
+                             **evaluate(self.average, self.exams)})
+        return self.history[-1]
+
+    def state_dict(self):
+        return {"step": self.step, "history": self.history, "losses": self.losses,
+                "model": self.model.state_dict(), "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "draws": self.generator.get_state()}
+
+    def load_state_dict(self, saved):
+        self.step, self.history = saved["step"], saved["history"]
+        self.began -= self.history[-1]["seconds"] if self.history else 0.0
+        self.losses.copy_(saved["losses"])
+        self.model.load_state_dict(saved["model"])
+        self.average.load_state_dict(saved["average"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.generator.set_state(saved["draws"].cpu())
+
+
+# ---------------------------------------------------------------- the run folder
+
+def write_atomically(path, write):
+    """Call write(temporary file), then rename: the path holds all of the new content or the old."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise BadInput(f"{path}: cannot be written ({error.strerror})")
+
+
+def write_text(path, text):
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_checkpoint(path):
+    """The content of a checkpoint; runs no code from the file. Raises BadInput if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise BadInput(f"{path}: is no checkpoint of this program ({type(error).__name__})")
+
+
+def save(trainer, folder):
+    """Write last.pt, from which the run resumes, and metrics.jsonl, which it contains."""
+    write_atomically(folder / "last.pt", lambda file: torch.save(trainer.state_dict(), file))
+    lines = [json.dumps(line) for line in trainer.history]
+    write_text(folder / "metrics.jsonl", "".join(line + "\n" for line in lines))
+
+
+def save_weights(trainer, path):
+    """Write the averaged weights alone, as before.pt or after.pt."""
+    content = {"step": trainer.step, "weights": trainer.average.state_dict()}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def read_run(folder):
+    """(config.json as a dict, metrics.jsonl as a list of dicts) of a run folder."""
+    try:
+        about = json.loads((Path(folder) / "config.json").read_text())
+        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+        return about, [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder}: is no run folder ({error})")
+
+
+def load_run(folder, weights="after"):
+    """(model, world, splits) of a run: averaged weights `before` or `after` grokking, on the CPU."""
+    about, _ = read_run(folder)
+    world, splits = build_data(settings(WorldConfig, about["world"]), about["regime"])
+    model = LoopedTransformer(settings(Config, about["model"]), world.n_entities,
+                              world.n_relations)
+    path = Path(folder) / f"{weights}.pt"
+    try:
+        saved = read_checkpoint(path)["weights"]
+        model.load_state_dict({name: value.float() for name, value in saved.items()})
+    except (KeyError, RuntimeError, AttributeError, TypeError):
+        raise BadInput(f"{path}: does not fit the model of its config.json")
+    return model.eval().requires_grad_(False), world, splits
+
+
+def build_data(config, regime):
+    world = make_world(config)
+    return world, make_splits(world, config, regime)
+
+
+# ---------------------------------------------------------------- one run from start to end
+
+def train(folder, about, device, stop=lambda: False):
+    """Train the run that `about` describes, or go on where it stopped; returns its history.
+
+    Leaves in `folder`: config.json, metrics.jsonl (a line an evaluation), before.pt (weights when
+    the training compositions are first >= .99), after.pt (at the end), curves.png.
+    """
+    world, splits = build_data(settings(WorldConfig, about["world"]), about["regime"])
+    config = settings(Config, about["model"])
+    trainer = Trainer(config, world, splits, device)
+    resume(trainer, folder, about)
+    began, first = time.perf_counter(), trainer.step
+    while trainer.step < config.steps and not stop():
+        trainer.train_step()
+        if trainer.step % config.eval_every == 0 or trainer.step == config.steps:
+            line = trainer.measure()
+            rate = (trainer.step - first) / (time.perf_counter() - began)
+            if line["accuracy"]["train_inferred"] >= 0.99 and not (folder / "before.pt").exists():
+                save_weights(trainer, folder / "before.pt")
+            save(trainer, folder)
+            say_progress(line, config.steps, rate)
+    save(trainer, folder)
+    if trainer.step == config.steps:
+        save_weights(trainer, folder / "after.pt")
+        plot_curves(folder)
+    return trainer.history
+
+
+def resume(trainer, folder, about):
+    """Load last.pt if there is one; refuse a folder that holds a run of other settings."""
+    if (folder / "config.json").exists():
+        found, _ = read_run(folder) if (folder / "metrics.jsonl").exists() else (about, [])
+        for part in ("regime", "world", "model"):
+            if found.get(part) != about[part]:
+                raise BadInput(f"{folder}: holds a run of other settings ({part}); "
+                               "choose another --out")
+    if (folder / "last.pt").exists():
+        try:
+            trainer.load_state_dict(read_checkpoint(folder / "last.pt"))
+        except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
+            raise BadInput(f"{folder}/last.pt: is damaged or of another run; move it away to "
+                           f"start again ({error.__class__.__name__})")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.json", json.dumps(about, indent=1) + "\n")
+
+
+def say_progress(line, steps, rate):
+    """One line: rewritten in place on a terminal, one an evaluation when piped."""
+    right, left = line["accuracy"], (steps - line["step"]) / rate
+    text = (f"step {line['step']:>6} {line['step'] / steps:4.0%}  loss {line['loss']:.3f}  "
+            f"train {right['train_inferred']:.3f}  ID {right['test_id']:.3f}  "
+            f"OOD {right['test_ood']:.3f}  {rate:.1f} steps/s  {left // 60:.0f}:{left % 60:02.0f} left")
+    print(f"\r{text}" if sys.stdout.isatty() else text, flush=True,
+          end="" if sys.stdout.isatty() else "\n")
+
+
+def milestones(history):
+    """{what: first step at which it holds, or None}: the three stages of the paper's Figure 2."""
+    first = lambda holds: next((line["step"] for line in history if holds(line)), None)
+    return {"train >= .99": first(lambda m: m["accuracy"]["train_inferred"] >= 0.99),
+            "bridge on OOD >= .9": first(lambda m: m["lens"]["test_ood"]["any"] >= 0.9),
+            "OOD answer >= .95": first(lambda m: m["accuracy"]["test_ood"] >= 0.95)}
+
+
+def plot_curves(folder):
+    """Draw curves.png, the three stages (paper, Figure 2), from a run folder's files."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    about, history = read_run(folder)
+    steps = [line["step"] for line in history]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for split, label, color, style in (
+            ("train_inferred", "training compositions", "#000000", "-"),
+            ("test_id", "ID test", "#0072B2", "-"), ("test_ood", "OOD test", "#D55E00", "-"),
+            ("test_ood_id", "OOD hop 1 + ID hop 2", "#E69F00", ":"),
+            ("test_id_ood", "ID hop 1 + OOD hop 2", "#CC79A7", ":")):
+        if split in history[-1]["accuracy"]:
+            axes.plot(steps, [line["accuracy"][split] for line in history], style, color=color,
+                      label=label, lw=1.2 if style == ":" else 2)
+    for key, label, style in (("any", "bridge seen on OOD (lens)", "--"),
+                              ("any_chance", "another query's bridge: chance", (0, (1, 3)))):
+        axes.plot(steps, [line["lens"]["test_ood"][key] for line in history], ls=style,
+                  color="#009E73", label=label)
+    for what, step in milestones(history).items():
+        if step:
+            axes.axvline(step, color="0.6", lw=0.8)
+            axes.text(step, 1.03, f"{what}\n{step}", ha="center", va="bottom", fontsize=7)
+    axes.set(xlabel="training step", ylabel="share of queries", xscale="log", ylim=(-0.02, 1.02))
+    axes.set_title(f"{about['regime']}, {about['model']['layout']}, seed {about['model']['seed']}",
+                   loc="left", fontsize=9, pad=26)
+    axes.legend(fontsize=7, loc="center left")
+    figure.savefig(folder / "curves.png", dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- the command line
+
+def main(argv=None):
+    """Run the command line; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    try:
+        return command(sys.argv[1:] if argv is None else argv)
+    except BadInput as error:
+        print(f"grok.py: {error}", file=sys.stderr)
+        return 2
+
+
+def make_parser():
+    parser = Parser(prog="grok.py", allow_abbrev=False,
+                    description="Train a tiny parameter-sharing transformer until it groks two-hop "
+                                "composition. Killed at any moment, the same command goes on.")
+    presets = "; ".join(f"{name}: {about}" for name, (about, _, _) in PRESETS.items())
+    parser.add_argument("--preset", default="tiny", help=f"{presets} (tiny)")
+    parser.add_argument("--regime", default="natural", help=f"{', '.join(REGIMES)} (natural)")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
+    parser.add_argument("--out", type=Path, help="the run's folder (runs/PRESET/REGIME/seedK)")
+    parser.add_settings(Config, "model and training (defaults of preset tiny)")
+    parser.add_settings(WorldConfig, "world (defaults of preset tiny)")
+    return parser
+
+
+def command(argv):
+    given = make_parser().parse(argv)
+    device = pick_device(given["device"])
+    about = describe(given, device)
+    folder = given["out"] or default_folder(given, about)
+    interrupted = []
+    signal.signal(signal.SIGINT, lambda *_: (interrupted.append(1),
+                                             signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    print(f"{about['preset']} / {about['regime']} on {about['device']}, in {folder}")
+    try:
+        history = train(folder, about, device, stop=lambda: interrupted)
+    except torch.OutOfMemoryError:
+        raise BadInput(f"out of memory: lower batch_size = {about['model']['batch_size']} "
+                       f"or d_model = {about['model']['d_model']}")
+    if interrupted:
+        print(f"\nstopped and saved in {folder}; the same command goes on from here")
+        return 130
+    print_result(history, folder)
+    return 0
+
+
+def pick_device(name):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, found in there.items() if found)
+    if not there.get(name):
+        legal = ", ".join(kind for kind, found in there.items() if found)
+        raise BadInput(f"device = {name}: must be auto or one that is here: {legal}")
+    return torch.device(name)
+
+
+def describe(given, device):
+    """The content of config.json: every setting, and what the run was made with."""
+    if given["preset"] not in PRESETS:
+        raise BadInput(f"preset = {given['preset']}: must be one of {', '.join(PRESETS)}")
+    if given["regime"] not in REGIMES:
+        raise BadInput(f"regime = {given['regime']}: must be one of {', '.join(REGIMES)}")
+    _, world, model = PRESETS[given["preset"]]
+    chosen = {name: value for name, value in given.items() if value is not None}
+    world = settings(WorldConfig, {**world, **chosen})
+    model = settings(Config, {**model, **chosen})
+    if model.d_model % (2 * model.n_heads):
+        raise BadInput(f"n_heads = {model.n_heads}: twice it must divide d_model = {model.d_model}")
+    return {"preset": given["preset"], "regime": given["regime"],
+            "world": dataclasses.asdict(world), "model": dataclasses.asdict(model),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__}, "device": device.type}
+
+
+def default_folder(given, about):
+    """runs/PRESET/REGIME/seedK; settings that differ from the preset are named after REGIME."""
+    _, world, model = PRESETS[about["preset"]]
+    usual = {**dataclasses.asdict(WorldConfig()), **dataclasses.asdict(Config()), **world, **model}
+    asked = {**about["world"], **about["model"]}
+    changed = [f",{name}={asked[name]}" for name in asked
+               if name != "seed" and asked[name] != usual[name]]
+    return Path("runs", about["preset"], about["regime"] + "".join(changed),
+                f"seed{about['model']['seed']}")
+
+
+def print_result(history, folder):
+    """The seven accuracies, the stages, and where the run lies."""
+    last = history[-1]
+    print(f"\n{'split':<16}{'right':>7}")
+    for split, right in last["accuracy"].items():
+        print(f"{split:<16}{right:>7.3f}")
+    lens = last["lens"]["test_ood"]
+    print(f"bridge seen on OOD (lens, any site) {lens['any']:.3f}, chance {lens['any_chance']:.3f}")
+    for what, step in milestones(history).items():
+        print(f"{what:<20} {'at step ' + str(step) if step else 'never'}")
+    print(f"{last['seconds']:.0f} seconds of training; config, metrics, weights and curves.png "
+          f"in {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
