@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,14 @@ REGIMES = {"natural": (0.0, 0.0, 0), "both_full": (1.0, 1.0, 18), "both_half": (
            "first_full": (1.0, 0.0, 18), "second_full": (0.0, 1.0, 18)}
 
 
+MOST = 50_000_000  # pairs (head, relation), compositions: 60 times those of the paper's world
+
+
 class BadInput(ValueError):
     """A setting or a file that cannot be used; its text is the one line the user reads."""
+
+    def __str__(self):
+        return " ".join(super().__str__().split())  # a name from a file may hold line breaks
 
 
 # ---------------------------------------------------------------- settings and command line
@@ -40,9 +47,12 @@ def setting(default, low, high, about, choices=None):
 
 
 def check_settings(config):
-    """Raise BadInput for the first field of a settings dataclass outside its legal range."""
+    """Raise BadInput for the first field of a settings dataclass outside its type or range."""
     for field in dataclasses.fields(config):
         value, rule = getattr(config, field.name), field.metadata
+        kinds = (int, float) if field.type is float else field.type
+        if not isinstance(value, kinds) or isinstance(value, bool) != (field.type is bool):
+            raise BadInput(f"{field.name} = {value!r}: must be of type {field.type.__name__}")
         if rule["choices"] and value not in rule["choices"]:
             raise BadInput(f"{field.name} = {value}: must be one of {', '.join(rule['choices'])}")
         if rule["low"] is not None and not rule["low"] <= value <= rule["high"]:
@@ -147,6 +157,9 @@ def make_world(config):
     if config.out_degree > config.n_relations:
         raise BadInput(f"out_degree = {config.out_degree}: must lie in [1, n_relations = "
                        f"{config.n_relations}]")
+    if config.n_entities * max(config.n_relations, config.out_degree ** 2) > MOST:
+        raise BadInput(f"n_entities = {config.n_entities}: times n_relations, or times out_degree "
+                       f"squared, must be at most {MOST} to fit in memory")
     rng = np.random.default_rng([config.data_seed, 0])
     shape = (config.n_entities, config.out_degree)
     shuffled = rng.random((config.n_entities, config.n_relations)).argsort(axis=1, kind="stable")
@@ -245,11 +258,69 @@ def _up_to_k(fact, rows, pool, share, k, rng):
     return rows[rank < k]
 
 
+@dataclass(frozen=True)
+class TuneConfig:
+    """New facts for a trained model (paper, Finding 3), which take the part of the OOD facts."""
+    new_facts: int = setting(120, 1, 10**6, "new facts, trained alone")
+    kept: float = setting(0.21, 0.0, 1.0, "share of the ID facts kept, with their compositions "
+                                          "(the paper's text: 8,000 of 38,000)")
+    second_k: int = setting(0, 0, 10**5, "compositions trained for each new fact as second hop")
+
+
+def add_facts(world, splits, config, seed):
+    """(world, splits) for fine-tuning: `new_facts` more facts, (h, r) unused so far, random tails.
+
+    The new facts stand where OOD facts stood: `ood_atomic`; `test_ood_id` is new + old, `test_id_ood`
+    old + new, `test_ood` new + new, old being a kept fact. `test_id` and `old_atomic` are those of the
+    old world, whole: they show what is forgotten.
+    """
+    rng = np.random.default_rng([seed, 3])
+    old = queries(world, world.facts)
+    free = np.ones((world.n_entities, world.n_relations), bool)
+    free[old.h, old.r1] = False
+    if config.new_facts > free.sum():
+        raise BadInput(f"new_facts = {config.new_facts}: must lie in [1, {free.sum()}], the "
+                       "(head, relation) pairs without a fact")
+    h, r = rng.permutation(np.argwhere(free))[:config.new_facts].T
+    new = np.stack([h, r, rng.integers(0, world.n_entities, len(h))], axis=1)
+    wide = world_from_facts(np.concatenate([np.stack([old.h, old.r1, old.t], 1), new]),
+                            world.entity_names, world.relation_names)
+    wide.is_ood.ravel()[wide.find(h, r)] = True
+    id_facts = splits["id_atomic"]
+    kept = rng.permutation(len(id_facts.h))[:round(config.kept * len(id_facts.h))]
+    is_kept = np.zeros(wide.relations.size, bool)
+    is_kept[wide.find(id_facts.h[kept], id_facts.r1[kept])] = True
+    first, second = compositions(wide)
+    ood = wide.is_ood.ravel()
+    both = lambda hop1, hop2: np.flatnonzero(hop1[first] & hop2[second])
+    trained = _rows_of(wide, splits["train_inferred"], first, second)
+    injected = _up_to_k(second, both(is_kept, ood), wide.facts, 1.0, config.second_k, rng)
+    rows = {"train_inferred": np.concatenate([np.intersect1d(both(is_kept, is_kept), trained),
+                                              injected]),
+            "test_ood": both(ood, ood), "test_ood_id": both(ood, is_kept),
+            "test_id_ood": np.setdiff1d(both(is_kept, ood), injected)}
+    made = {name: queries(wide, first[r], second[r]) for name, r in rows.items()}
+    return wide, {"id_atomic": queries(wide, np.flatnonzero(is_kept)),
+                  "ood_atomic": queries(wide, np.flatnonzero(ood)), "old_atomic": id_facts,
+                  "test_id": splits["test_id"], **made}
+
+
+def _rows_of(world, asked, first, second):
+    """Rows of the compositions (first, second) that are among the Queries asked."""
+    hop1 = world.find(asked.h, asked.r1)
+    pairs = hop1 * world.relations.size + world.find(asked.b, asked.r2)
+    return np.flatnonzero(np.isin(first * world.relations.size + second, pairs))
+
+
 # ---------------------------------------------------------------- files: own facts, the field's JSON
 
+TOKEN = "(<[^<>]+>)"
+ITEM = re.compile(f"{TOKEN}{TOKEN}{TOKEN}?{TOKEN}</a>")  # h, r1, r2 if there is one, t
 SPECIAL = ["<mask>", "<sep>", "<a>", "</a>", "<q>", "</q>"]
 TYPES = {"id_atomic": "id_atomic", "ood_atomic": "ood_atomic", "train_inferred": "train_inferred",
          "test_id": "test_inferred_iid", "test_ood": "test_inferred_ood"}
+KINDS = ("fact", "id_atomic", "ood_atomic",  # what an item can be: a fact, or else a composition
+         "trained", "train_inferred", "test_inferred_iid", "test_inferred_ood")
 
 
 def world_from_facts(triples, entity_names, relation_names):
@@ -272,7 +343,7 @@ def read_facts(path, config):
     two tails, and an entity that never is a head (no composition could pass through it).
     """
     entities, relations, seen, triples = {}, {}, {}, []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         names = [name.strip() for name in line.split("\t")]
@@ -299,14 +370,18 @@ def read_facts(path, config):
 
 
 def read_text(path):
+    """The text of a UTF-8 file, without the mark that some editors put at its start."""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         raise BadInput(f"{path}: {getattr(error, 'strerror', None) or 'is not UTF-8 text'}")
 
 
 def write_json(world, splits, folder):
-    """Write train, valid, test and vocab.json in the layout of Wang et al.'s public code."""
+    """Write train, valid, test and vocab.json in the layout of Wang et al.'s public code.
+
+    The folder must be new. The mixed splits are not written: they follow from the others.
+    """
     entity = [f"<{name}>" for name in world.entity_names]
     relation = [f"<{name}>" for name in world.relation_names]
 
@@ -315,12 +390,148 @@ def write_json(world, splits, folder):
             text = entity[h] + relation[r1] + (relation[r2] if r2 >= 0 else "")
             yield {"input_text": text, "target_text": f"{text}{entity[t]}</a>"}
 
-    atomic = queries(world, world.facts)
-    splits = {**splits, "atomic": atomic}
+    vocab = entity + relation + SPECIAL
+    if len(set(vocab)) < len(vocab) or not all(re.fullmatch(TOKEN, token) for token in vocab):
+        raise BadInput(f"{folder}: names must differ from each other and hold neither < nor >")
+    splits = {**splits, "atomic": queries(world, world.facts)}
     typed = [{**item, "type": kind} for name, kind in TYPES.items() for item in items(name)]
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("train", [*items("atomic"), *items("train_inferred")]),
-                          ("valid", list(items("test_ood"))), ("test", typed),
-                          ("vocab", entity + relation + SPECIAL)):
-        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    try:
+        Path(folder).mkdir(parents=True)
+        for name, content in (("train", [*items("atomic"), *items("train_inferred")]),
+                              ("valid", list(items("test_ood"))), ("test", typed),
+                              ("vocab", vocab)):
+            (Path(folder) / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    except OSError as error:
+        if not isinstance(error, FileExistsError):  # what was there before is not ours to remove
+            shutil.rmtree(folder, ignore_errors=True)
+        raise BadInput(f"{folder}: cannot be written ({error.strerror})")
+
+
+def read_json(folder):
+    """(world, splits) from a folder in that layout, of which test and valid may be a sample.
+
+    A fact without a type is OOD if no ID composition listed uses it; how many have none is said on
+    stderr. The mixed splits are all that the world has. Raises BadInput, with file and item
+    (counted from 0), for what is malformed or contradicts train.json or another item.
+    """
+    paths = [Path(folder) / f"{name}.json" for name in ("train", "valid", "test")]
+    names = [token for token in read_list(paths[0].with_name("vocab.json")) if token not in SPECIAL]
+    if (not all(isinstance(name, str) and re.fullmatch(TOKEN, name) for name in names)
+            or len(set(names)) < len(names)):
+        raise BadInput(f"{folder}/vocab.json: must be a list of different tokens like <e_0>")
+    tables, kinds = zip(*(read_items(path, names) for path in paths))
+    (h, r1, r2, t), kinds = np.concatenate(tables).T, np.concatenate(kinds)
+    of = lambda *wanted: np.isin(kinds, wanted)
+
+    def refuse(bad, why):
+        if bad.any():
+            item, file = bad.argmax(), 0
+            while item >= len(tables[file]):
+                item, file = item - len(tables[file]), file + 1
+            raise BadInput(f"{paths[file]}, item {item}: {why}")
+
+    facts, again = np.flatnonzero(of("fact")), of("fact")
+    if not len(facts):
+        raise BadInput(f"{paths[0]}: holds no fact")
+    E = 1 + max(h[facts].max(), t[facts].max())
+    refuse(again & (r1 < E), f"its relation precedes {names[E - 1]}, an entity, in vocab.json")
+    again[facts[np.unique(h[facts] * len(names) + r1[facts], return_index=True)[1]]] = False
+    refuse(again, "its head and relation have a tail already")
+    world = world_from_facts(np.stack([h, r1 - E, t], 1)[facts],
+                             *([name[1:-1] for name in part] for part in (names[:E], names[E:])))
+    tail, ood = world.tails.ravel(), world.is_ood.ravel()
+    first = np.where(r1 >= E, world.find(h, r1 - E), -1)
+    second = np.where(r2 >= E, world.find(tail[first], r2 - E), np.where(r2 < 0, first, -1))
+    refuse((first < 0) | (second < 0), "train.json lacks a fact of its path")
+    refuse(tail[second] != t, "the facts of train.json lead to another answer")
+    ood[world.facts] = True
+    for wanted, value in ((of("trained", "test_inferred_iid"), False),
+                          (of("ood_atomic", "test_inferred_ood"), True)):
+        ood[first[wanted]] = ood[second[wanted]] = value
+    refuse(of("id_atomic", "test_inferred_iid") & (ood[first] | ood[second]),
+           "is ID by its type, but a fact of it is OOD in another item")
+    untyped = len(facts) - len(np.unique(first[of("id_atomic", "ood_atomic")]))
+    splits = listed_splits(world, first, second, kinds, refuse)
+    if untyped:
+        print(f"{folder}: {untyped} of {len(facts)} facts carry no type; with those in no ID "
+              f"composition {ood.sum()} count as OOD", file=sys.stderr)
+    return world, splits
+
+
+def listed_splits(world, first, second, kinds, refuse):
+    """The splits that items (first, second) of these kinds make, (N,) each; mixed ones complete."""
+    width, ood, trained = world.relations.shape[1], world.is_ood.ravel(), kinds == "trained"
+    number = lambda first, second: first * width + second % width  # second starts at first's tail
+    key, known = number(first, second), np.zeros(world.relations.size * width, bool)
+    known[key[trained]] = True
+    splits = atomic_splits(world)
+    for name, kind in (("train_inferred", "trained"), *list(TYPES.items())[3:]):
+        rows = np.flatnonzero(kinds == kind)
+        refuse((kinds == kind) & known[key] & ~trained, "is a training composition, too")
+        if not len(rows):
+            raise BadInput(f"the data set lists nothing for {name}")
+        rows = rows[np.sort(np.unique(key[rows], return_index=True)[1])]
+        splits[name] = queries(world, first[rows], second[rows])
+    hop1, hop2 = compositions(world)
+    new = ~known[number(hop1, hop2)]
+    for name, a, b in (("test_id_ood", False, True), ("test_ood_id", True, False)):
+        rows = new & (ood[hop1] == a) & (ood[hop2] == b)
+        splits[name] = queries(world, hop1[rows], hop2[rows])
+    return splits
+
+
+def read_list(path):
+    text = read_text(path)
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadInput(f"{path}: is not JSON")
+    if not isinstance(items, list) or not items:
+        raise BadInput(f"{path}: must be a JSON list that is not empty")
+    return items
+
+
+def read_items(path, names):
+    """Tokens h, r1, r2, t of a file's items as places in `names`, (N, 4); and their kinds, (N,)."""
+    index = {None: -1, **{name: place for place, name in enumerate(names)}}  # a fact has no r2
+    untyped = {"train": ("fact", "trained"), "valid": (None, KINDS[-1])}.get(path.stem)
+    rows, kinds = [], []
+    for number, item in enumerate(read_list(path)):
+        try:
+            text, target = item.get("input_text"), item.get("target_text")
+            h, r1, r2, t = ITEM.fullmatch(target).groups()
+            kind = untyped[r2 is not None] if untyped else item.get("type")
+            if target != text + t + "</a>" or kind not in (KINDS[3:] if r2 else KINDS[:3]):
+                raise ValueError
+            rows.append((index[h], index[r1], index[r2], index[t]))
+        except KeyError as error:
+            raise BadInput(f"{path}, item {number}: token {error.args[0]} is not in vocab.json")
+        except (AttributeError, TypeError, ValueError):
+            raise BadInput(f'{path}, item {number}: must be {{"input_text": "<h><r1><r2>", "target_'
+                           'text": "<h><r1><r2><t></a>"} or the same without r2, and its type fit')
+        kinds.append(kind)
+    return np.array(rows), np.array(kinds)
+
+
+# ---------------------------------------------------------------- the command line
+
+def main(argv=None):
+    """Write a data set: `python data.py --export DIR`. Returns the exit status, 2 for bad input."""
+    parser = Parser(prog="data.py", allow_abbrev=False,
+                    description="Write a data set in the layout of the public GrokkedTransformer.")
+    parser.add_argument("--export", required=True, metavar="DIR", help="a folder to make")
+    parser.add_argument("--regime", default="natural", help=f"{', '.join(REGIMES)} (natural)")
+    parser.add_settings(WorldConfig, "world")
+    try:
+        given = parser.parse(sys.argv[1:] if argv is None else argv)
+        config = settings(WorldConfig, given)
+        world = make_world(config)
+        write_json(world, make_splits(world, config, given["regime"]), given["export"])
+    except BadInput as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

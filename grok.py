@@ -12,13 +12,19 @@ Paper: He et al., "Is Grokking Worthwhile?", arXiv 2601.09049. Words used throug
     V  tokens of the vocabulary      site       (loop, position): where a state can be read
 """
 import dataclasses
+import functools
+import hashlib
+import io
 import json
 import math
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +34,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (BadInput, Parser, REGIMES, SPLITS, WorldConfig, check_settings, make_splits,
-                  make_world, setting, settings)
+from data import (BadInput, check_settings, make_splits, make_world, Parser, read_facts,
+                  read_json, read_text, REGIMES, setting, settings, SPLITS, WorldConfig)
 
 LAYOUTS = ("bidirectional", "causal")
 LENGTH = 4  # h r1 r2 and one blank; an atomic query is h r and two blanks
@@ -46,11 +52,11 @@ class Config:
     logit_scale: float = setting(0.6, 1e-6, 1e6, "logits = scale * sqrt(D) * cosine, not learned")
     lr: float = setting(4e-3, 0.0, 10.0, "AdamW step size, constant after the warm-up")
     weight_decay: float = setting(0.5, 0.0, 1e3, "AdamW weight decay, on every parameter")
-    batch_size: int = setting(128, 1, 2**20, "queries a step")
-    steps: int = setting(8000, 1, 10**9, "training steps")
+    batch_size: int = setting(256, 1, 2**20, "queries a step")
+    steps: int = setting(5000, 1, 10**9, "training steps")
     warmup: int = setting(200, 0, 10**9, "steps of linear warm-up")
     ema: float = setting(0.999, 0.0, 1.0, "decay of the averaged weights that are evaluated")
-    atomic_share: float = setting(0.5, 0.0, 1.0, "share of a batch that is atomic facts")
+    atomic_share: float = setting(0.4, 0.0, 1.0, "share of a batch that is atomic facts")
     min_loops: int = setting(2, 1, 2**7, "the answer is trained after this loop and every later")
     eval_every: int = setting(100, 1, 10**9, "steps between evaluations")
     seed: int = setting(0, 0, 2**63 - 1, "seed of initialisation and batches")
@@ -95,11 +101,11 @@ def attend(q, k, v, causal):
 
 
 class Block(nn.Module):
-    """Attention over the state, then an MLP on (input + what was attended).
+    """Attention over the state, then a gated MLP on (input + what was attended).
 
-    Two departures from the standard block, both needed here (README, "Ingredients"): the residual
-    stream restarts from the input embedding in every loop, and the MLP has no residual around it,
-    so that a state holds what was looked up and nothing else.
+    Two departures from the usual block, both measured (README, "Ingredients"): the residual adds the
+    *input* embedding instead of the state, so every loop looks at the question afresh, and the MLP
+    has no residual around it, so a state holds what was looked up and nothing else.
     """
 
     def __init__(self, config):
@@ -114,8 +120,9 @@ class Block(nn.Module):
     def forward(self, state, x):
         """state (B, T, D) after the last loop, x (B, T, D) the input -> state (B, T, D)."""
         B, T, D = state.shape
-        q, k, v = self.qkv(state).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-        positions = torch.arange(T, device=x.device)                            # each (B, nh, T, d)
+        heads = self.qkv(state).view(B, T, 3, self.n_heads, D // self.n_heads)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)                                  # (B, heads, T, d)
+        positions = torch.arange(T, device=x.device)
         mixed = attend(rotate(q, positions), rotate(k, positions), v, self.causal)
         mixed = mixed.transpose(1, 2).reshape(B, T, D)                          # heads side by side
         gate, up = self.gate_up(rms_norm(x + self.out(mixed))).chunk(2, dim=-1)
@@ -209,7 +216,7 @@ def evaluate(model, exams):
     return {"accuracy": accuracy, "lens": lens}
 
 
-def make_exams(splits, world, device, most=1000):
+def make_exams(splits, world, device, most=500):
     """Up to `most` random queries of each split: {split: (tokens, answers, bridges)}."""
     rng = np.random.default_rng(0)
     exams = {}
@@ -270,6 +277,8 @@ class Trainer:
         self.tokens, self.answers, self.n_facts = training_rows(splits, world, device)
         self.exams = make_exams(splits, world, device)
         self.losses = torch.zeros(config.eval_every, device=device)
+        rows = torch.cat([self.tokens, self.answers[:, None]], 1).cpu().numpy().tobytes()
+        self.made_of = hashlib.sha256(repr(config).encode() + rows).hexdigest()
         self.began = time.perf_counter()
 
     def train_step(self):
@@ -289,24 +298,31 @@ class Trainer:
             for mean, weight in zip(self.average.parameters(), self.model.parameters()):
                 mean.lerp_(weight, 1 - decay)
 
-    def measure(self):
-        """Append one line to the history. Raises BadInput if a loss was not finite."""
+    def recent_losses(self):
+        """Losses since the last evaluation, (n,). Raises BadInput if one is not finite."""
         count = (self.step - 1) % self.config.eval_every + 1
         bad = (~torch.isfinite(self.losses[:count])).nonzero()
         if len(bad):
             raise BadInput(f"loss is not finite at step {self.step - count + 1 + bad[0].item()}: "
                            f"lower lr = {self.config.lr:g}; the last good checkpoint is kept")
-        self.history.append({"step": self.step, "loss": self.losses[:count].mean().item(),
+        return self.losses[:count]
+
+    def measure(self):
+        """Append one line to the history. Raises BadInput if a loss was not finite."""
+        self.history.append({"step": self.step, "loss": self.recent_losses().mean().item(),
                              "seconds": round(time.perf_counter() - self.began, 1),
                              **evaluate(self.average, self.exams)})
         return self.history[-1]
 
     def state_dict(self):
-        return {"step": self.step, "history": self.history, "losses": self.losses,
+        return {"made_of": self.made_of, "step": self.step, "history": self.history,
+                "losses": self.losses,
                 "model": self.model.state_dict(), "average": self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "draws": self.generator.get_state()}
 
     def load_state_dict(self, saved):
+        if saved["made_of"] != self.made_of:
+            raise ValueError("other settings or other data")
         self.step, self.history = saved["step"], saved["history"]
         self.began -= self.history[-1]["seconds"] if self.history else 0.0
         self.losses.copy_(saved["losses"])
@@ -336,41 +352,75 @@ def write_text(path, text):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def write_checkpoint(path, content):
+    buffer = io.BytesIO()  # torch.save hides the reason when a disk is full
+    torch.save(content, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
 def read_checkpoint(path):
     """The content of a checkpoint; runs no code from the file. Raises BadInput if it is damaged."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise BadInput(f"{path}: is no checkpoint of this program ({type(error).__name__})")
 
 
 def save(trainer, folder):
     """Write last.pt, from which the run resumes, and metrics.jsonl, which it contains."""
-    write_atomically(folder / "last.pt", lambda file: torch.save(trainer.state_dict(), file))
+    trainer.recent_losses()  # an interrupt may come between a bad loss and the next evaluation
+    write_checkpoint(folder / "last.pt", trainer.state_dict())
     lines = [json.dumps(line) for line in trainer.history]
     write_text(folder / "metrics.jsonl", "".join(line + "\n" for line in lines))
 
 
 def save_weights(trainer, path):
-    """Write the averaged weights alone, as before.pt or after.pt."""
-    content = {"step": trainer.step, "weights": trainer.average.state_dict()}
-    write_atomically(path, lambda file: torch.save(content, file))
+    """Write the averaged weights alone, as before.pt or after.pt, in half precision."""
+    weights = {name: w.half() for name, w in trainer.average.state_dict().items()}
+    write_checkpoint(path, {"step": trainer.step, "weights": weights})
+
+
+def read_config(folder):
+    """config.json of a run folder as a dict. Raises BadInput unless it holds every setting."""
+    path = Path(folder) / "config.json"
+    text = read_text(path)
+    try:
+        about = json.loads(text)
+        for part, cls in (("world", WorldConfig), ("model", Config)):
+            odd = set(about[part]) ^ {field.name for field in dataclasses.fields(cls)}
+            if odd:
+                raise BadInput(f"{part} lacks or does not know {', '.join(sorted(odd))}")
+            check_settings(cls(**about[part]))
+        if about["regime"] not in REGIMES or about.get("source") and (
+                about["source"]["kind"] not in ("data", "facts")
+                or not all(isinstance(about["source"][key], str) for key in ("path", "sha256"))):
+            raise ValueError
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise BadInput(f"{path}: is damaged or not of this program")
+    return about
 
 
 def read_run(folder):
     """(config.json as a dict, metrics.jsonl as a list of dicts) of a run folder."""
+    about, path = read_config(folder), Path(folder) / "metrics.jsonl"
+    lines = read_text(path).splitlines()
     try:
-        about = json.loads((Path(folder) / "config.json").read_text())
-        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-        return about, [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{folder}: is no run folder ({error})")
+        history = [json.loads(line) for line in lines]
+        milestones(history), history[-1]["step"]
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        raise BadInput(f"{path}: is empty, damaged or not of this program")
+    return about, history
 
 
 def load_run(folder, weights="after"):
     """(model, world, splits) of a run: averaged weights `before` or `after` grokking, on the CPU."""
     about, _ = read_run(folder)
-    world, splits = build_data(settings(WorldConfig, about["world"]), about["regime"])
+    world, splits = build_data(settings(WorldConfig, about["world"]), about["regime"],
+                               about.get("source"))
     model = LoopedTransformer(settings(Config, about["model"]), world.n_entities,
                               world.n_relations)
     path = Path(folder) / f"{weights}.pt"
@@ -382,9 +432,30 @@ def load_run(folder, weights="after"):
     return model.eval().requires_grad_(False), world, splits
 
 
-def build_data(config, regime):
-    world = make_world(config)
+def build_data(config, regime, source=None):
+    """(world, splits): made from the settings, or from the --data or --facts of config.json."""
+    if source and digest(source["path"]) != source["sha256"]:
+        raise BadInput(f"{source['path']}: has changed since the run began")
+    if source and source["kind"] == "data":
+        return read_data(source["path"], source["sha256"])
+    world = read_facts(source["path"], config) if source else make_world(config)
     return world, make_splits(world, config, regime)
+
+
+@functools.lru_cache(maxsize=1)
+def read_data(path, sha256):
+    """read_json, once for one content: 65 MB take seconds, and its message should come once."""
+    return read_json(path)
+
+
+def digest(path):
+    """SHA-256 of a file, or of the four files of a data set."""
+    files = [path] if not Path(path).is_dir() else [
+        Path(path) / f"{name}.json" for name in ("train", "valid", "test", "vocab")]
+    try:
+        return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
 # ---------------------------------------------------------------- one run from start to end
@@ -395,7 +466,8 @@ def train(folder, about, device, stop=lambda: False):
     Leaves in `folder`: config.json, metrics.jsonl (a line an evaluation), before.pt (weights when
     the training compositions are first >= .99), after.pt (at the end), curves.png.
     """
-    world, splits = build_data(settings(WorldConfig, about["world"]), about["regime"])
+    world, splits = build_data(settings(WorldConfig, about["world"]), about["regime"],
+                               about.get("source"))
     config = settings(Config, about["model"])
     trainer = Trainer(config, world, splits, device)
     resume(trainer, folder, about)
@@ -419,9 +491,11 @@ def train(folder, about, device, stop=lambda: False):
 def resume(trainer, folder, about):
     """Load last.pt if there is one; refuse a folder that holds a run of other settings."""
     if (folder / "config.json").exists():
-        found, _ = read_run(folder) if (folder / "metrics.jsonl").exists() else (about, [])
-        for part in ("regime", "world", "model"):
-            if found.get(part) != about[part]:
+        found = read_config(folder)
+        parts = {"data": lambda a: (a.get("source") or {}).get("sha256"),
+                 **{part: lambda a, part=part: a[part] for part in ("regime", "world", "model")}}
+        for part, of in parts.items():
+            if of(found) != of(about):
                 raise BadInput(f"{folder}: holds a run of other settings ({part}); "
                                "choose another --out")
     if (folder / "last.pt").exists():
@@ -483,15 +557,52 @@ def plot_curves(folder):
     plt.close(figure)
 
 
+# ---------------------------------------------------------------- many runs
+
+def all_runs():
+    """Command lines of the paper's comparison: five regimes and the ordinary transformer."""
+    kinds = [["--regime", regime] for regime in REGIMES] + [["--shared", "false"]]
+    return [[*kind, "--seed", str(seed)] for seed in (0, 1, 2) for kind in kinds]
+
+
+def train_all(given):
+    """Train `all_runs`, one core and one thread each; done ones are skipped, broken ones resumed.
+
+    Under SLURM arrays or torchrun the list is divided over the processes.
+    """
+    share = [int(os.environ.get(a, os.environ.get(b, c))) for a, b, c in (
+        ("SLURM_ARRAY_TASK_ID", "RANK", 0), ("SLURM_ARRAY_TASK_COUNT", "WORLD_SIZE", 1))]
+    runs = all_runs()[share[0]::share[1]]
+    common = ["--preset", given["preset"], "--device", given["device"],
+              "--root", str(given["root"])]
+    began = time.perf_counter()
+
+    def one(run):
+        return subprocess.run([sys.executable, __file__, *run, *common], capture_output=True,
+                              text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    failed = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for number, (run, result) in enumerate(zip(runs, pool.map(one, runs)), 1):
+            left = (time.perf_counter() - began) / number * (len(runs) - number)
+            failed += result.returncode != 0
+            print(f"{number}/{len(runs)} {' '.join(run)}: "
+                  f"{result.stderr.strip() or result.stdout.splitlines()[-1]}; "
+                  f"about {left / 60:.0f} minutes left", flush=True)
+    return 1 if failed else 0
+
+
 # ---------------------------------------------------------------- the command line
 
 def main(argv=None):
     """Run the command line; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     try:
         return command(sys.argv[1:] if argv is None else argv)
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         print(f"grok.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("grok.py: stopped before training began", file=sys.stderr)
+        return 130
 
 
 def make_parser():
@@ -502,7 +613,14 @@ def make_parser():
     parser.add_argument("--preset", default="tiny", help=f"{presets} (tiny)")
     parser.add_argument("--regime", default="natural", help=f"{', '.join(REGIMES)} (natural)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
-    parser.add_argument("--out", type=Path, help="the run's folder (runs/PRESET/REGIME/seedK)")
+    parser.add_argument("--out", type=Path, help="the run's folder (ROOT/PRESET/REGIME/seedK)")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs lie (runs)")
+    parser.add_argument("--all", action="store_true",
+                        help="every regime and the ordinary transformer, seeds 0, 1, 2")
+    parser.add_argument("--data", type=Path, help="a data set to train on: a folder that "
+                        "data.py --export or the public GrokkedTransformer code wrote")
+    parser.add_argument("--facts", type=Path, help="your own facts to train on: lines of head, "
+                        "relation and tail, separated by tabs")
     parser.add_settings(Config, "model and training (defaults of preset tiny)")
     parser.add_settings(WorldConfig, "world (defaults of preset tiny)")
     return parser
@@ -510,18 +628,26 @@ def make_parser():
 
 def command(argv):
     given = make_parser().parse(argv)
+    if given["all"]:
+        if given["data"] or given["facts"]:
+            raise BadInput("all: trains on worlds made here; leave out --data and --facts")
+        return train_all(given)
     device = pick_device(given["device"])
     about = describe(given, device)
     folder = given["out"] or default_folder(given, about)
     interrupted = []
-    signal.signal(signal.SIGINT, lambda *_: (interrupted.append(1),
-                                             signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    before = signal.signal(signal.SIGINT, lambda *_: (
+        interrupted.append(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
     print(f"{about['preset']} / {about['regime']} on {about['device']}, in {folder}")
     try:
         history = train(folder, about, device, stop=lambda: interrupted)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         raise BadInput(f"out of memory: lower batch_size = {about['model']['batch_size']} "
                        f"or d_model = {about['model']['d_model']}")
+    finally:
+        signal.signal(signal.SIGINT, before)
     if interrupted:
         print(f"\nstopped and saved in {folder}; the same command goes on from here")
         return 130
@@ -548,14 +674,40 @@ def describe(given, device):
         raise BadInput(f"regime = {given['regime']}: must be one of {', '.join(REGIMES)}")
     _, world, model = PRESETS[given["preset"]]
     chosen = {name: value for name, value in given.items() if value is not None}
-    world = settings(WorldConfig, {**world, **chosen})
+    source, found = find_source(given)
+    world = settings(WorldConfig, {**world, **chosen, **found})
     model = settings(Config, {**model, **chosen})
     if model.d_model % (2 * model.n_heads):
         raise BadInput(f"n_heads = {model.n_heads}: twice it must divide d_model = {model.d_model}")
-    return {"preset": given["preset"], "regime": given["regime"],
+    return {"preset": given["preset"], "regime": given["regime"], **source,
             "world": dataclasses.asdict(world), "model": dataclasses.asdict(model),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__}, "device": device.type}
+
+
+def find_source(given):
+    """For config.json: where --data or --facts come from, and the world settings they bring."""
+    kind = "data" if given.get("data") else "facts"
+    path = given.get(kind)
+    if path is None:
+        return {}, {}
+    if given.get("data") and (given.get("facts") or given["regime"] != "natural"):
+        raise BadInput(f"data = {path}: brings its own facts and regime; leave out --facts and "
+                       "--regime")
+    source = {"kind": kind, "path": str(path), "sha256": digest(path)}
+    if kind == "data":
+        world, splits = read_data(source["path"], source["sha256"])
+        id_facts, ood_facts = len(splits["id_atomic"].h), len(splits["ood_atomic"].h)
+        found = {"ood_fraction": ood_facts / (id_facts + ood_facts),
+                 "phi": len(splits["train_inferred"].h) / max(1, id_facts)}
+    else:
+        world, found = read_facts(path, WorldConfig()), {}
+    found |= {"n_entities": world.n_entities, "n_relations": world.n_relations,
+              "out_degree": world.relations.shape[1]}
+    for name, value in found.items():
+        if given.get(name) not in (None, value):
+            raise BadInput(f"{name} = {given[name]}: must be {value}, as in {path}")
+    return {"source": source}, found
 
 
 def default_folder(given, about):
@@ -564,8 +716,11 @@ def default_folder(given, about):
     usual = {**dataclasses.asdict(WorldConfig()), **dataclasses.asdict(Config()), **world, **model}
     asked = {**about["world"], **about["model"]}
     changed = [f",{name}={asked[name]}" for name in asked
-               if name != "seed" and asked[name] != usual[name]]
-    return Path("runs", about["preset"], about["regime"] + "".join(changed),
+               if name != "seed" and asked[name] != usual[name]
+               and not ("source" in about and given.get(name) is None)]
+    if "source" in about:
+        changed.insert(0, f",{about['source']['kind']}={Path(about['source']['path']).stem}")
+    return Path(given["root"], about["preset"], about["regime"] + "".join(changed),
                 f"seed{about['model']['seed']}")
 
 
