@@ -258,60 +258,6 @@ def _up_to_k(fact, rows, pool, share, k, rng):
     return rows[rank < k]
 
 
-@dataclass(frozen=True)
-class TuneConfig:
-    """New facts for a trained model (paper, Finding 3), which take the part of the OOD facts."""
-    new_facts: int = setting(120, 1, 10**6, "new facts, trained alone")
-    kept: float = setting(0.21, 0.0, 1.0, "share of the ID facts kept, with their compositions "
-                                          "(the paper's text: 8,000 of 38,000)")
-    second_k: int = setting(0, 0, 10**5, "compositions trained for each new fact as second hop")
-
-
-def add_facts(world, splits, config, seed):
-    """(world, splits) for fine-tuning: `new_facts` more facts, (h, r) unused so far, random tails.
-
-    The new facts stand where OOD facts stood: `ood_atomic`; `test_ood_id` is new + old, `test_id_ood`
-    old + new, `test_ood` new + new, old being a kept fact. `test_id` and `old_atomic` are those of the
-    old world, whole: they show what is forgotten.
-    """
-    rng = np.random.default_rng([seed, 3])
-    old = queries(world, world.facts)
-    free = np.ones((world.n_entities, world.n_relations), bool)
-    free[old.h, old.r1] = False
-    if config.new_facts > free.sum():
-        raise BadInput(f"new_facts = {config.new_facts}: must lie in [1, {free.sum()}], the "
-                       "(head, relation) pairs without a fact")
-    h, r = rng.permutation(np.argwhere(free))[:config.new_facts].T
-    new = np.stack([h, r, rng.integers(0, world.n_entities, len(h))], axis=1)
-    wide = world_from_facts(np.concatenate([np.stack([old.h, old.r1, old.t], 1), new]),
-                            world.entity_names, world.relation_names)
-    wide.is_ood.ravel()[wide.find(h, r)] = True
-    id_facts = splits["id_atomic"]
-    kept = rng.permutation(len(id_facts.h))[:round(config.kept * len(id_facts.h))]
-    is_kept = np.zeros(wide.relations.size, bool)
-    is_kept[wide.find(id_facts.h[kept], id_facts.r1[kept])] = True
-    first, second = compositions(wide)
-    ood = wide.is_ood.ravel()
-    both = lambda hop1, hop2: np.flatnonzero(hop1[first] & hop2[second])
-    trained = _rows_of(wide, splits["train_inferred"], first, second)
-    injected = _up_to_k(second, both(is_kept, ood), wide.facts, 1.0, config.second_k, rng)
-    rows = {"train_inferred": np.concatenate([np.intersect1d(both(is_kept, is_kept), trained),
-                                              injected]),
-            "test_ood": both(ood, ood), "test_ood_id": both(ood, is_kept),
-            "test_id_ood": np.setdiff1d(both(is_kept, ood), injected)}
-    made = {name: queries(wide, first[r], second[r]) for name, r in rows.items()}
-    return wide, {"id_atomic": queries(wide, np.flatnonzero(is_kept)),
-                  "ood_atomic": queries(wide, np.flatnonzero(ood)), "old_atomic": id_facts,
-                  "test_id": splits["test_id"], **made}
-
-
-def _rows_of(world, asked, first, second):
-    """Rows of the compositions (first, second) that are among the Queries asked."""
-    hop1 = world.find(asked.h, asked.r1)
-    pairs = hop1 * world.relations.size + world.find(asked.b, asked.r2)
-    return np.flatnonzero(np.isin(first * world.relations.size + second, pairs))
-
-
 # ---------------------------------------------------------------- files: own facts, the field's JSON
 
 TOKEN = "(<[^<>]+>)"

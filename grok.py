@@ -573,8 +573,8 @@ def train_all(given):
     share = [int(os.environ.get(a, os.environ.get(b, c))) for a, b, c in (
         ("SLURM_ARRAY_TASK_ID", "RANK", 0), ("SLURM_ARRAY_TASK_COUNT", "WORLD_SIZE", 1))]
     runs = all_runs()[share[0]::share[1]]
-    common = ["--preset", given["preset"], "--device", given["device"],
-              "--root", str(given["root"])]
+    common = [f"--{name}={value}" for name, value in given.items()
+              if value is not None and name not in ("all", "regime", "seed", "shared", "out")]
     began = time.perf_counter()
 
     def one(run):

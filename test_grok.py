@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
-import data
 import analyze
 import data
 import grok
