@@ -7,6 +7,8 @@ A site is (loop, position): the state after that loop at that token. The lens as
 (after Wang et al. 2024, Section 3, who count changed answers; here the answer must become the one
 that the donor's bridge predicts). Everything goes through the model's one `edit(loop, state)`.
 """
+import functools
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from grok import (load_run, milestones, plot_curves, read_run, rms_norm, run_sta
                   write_text)
 
 POSITIONS = ("h", "r1", "r2", "answer")
+LENS_KINDS = ("bridge", "bridge_chance", "target", "target_chance")
 OUTCOMES = ("redirected", "changed", "unchanged")
 BATCH = 512
 
@@ -36,15 +39,18 @@ def wilson(hits, n):
 
 
 def alike(a, b):
-    """How alike two maps of shares are, in [0, 1]: sum of minima over sum of maxima (Ruzicka)."""
-    a, b = np.asarray(a), np.asarray(b)
+    """How alike two causal maps (n_loops, T) are, in [0, 1]: sum of minima over sum of maxima.
+
+    The last loop is left out: there the answer's site is 1 and every other 0 by construction.
+    """
+    a, b = np.asarray(a)[:-1], np.asarray(b)[:-1]
     return float(np.minimum(a, b).sum() / max(np.maximum(a, b).sum(), 1e-12))
 
 
 def alike_shuffled(a, b, times=1000):
-    """`alike` of a and b with the sites of b shuffled, mean: what two unrelated maps would score."""
-    rng, b = np.random.default_rng(0), np.asarray(b)
-    return float(np.mean([alike(a, rng.permutation(b.ravel()).reshape(b.shape))
+    """Mean of `alike` with the sites of b (last loop apart) shuffled: what chance would score."""
+    rng, b = np.random.default_rng(0), np.array(b)
+    return float(np.mean([alike(a, [*rng.permutation(b[:-1].ravel()).reshape(b[:-1].shape), b[-1]])
                           for _ in range(times)]))
 
 
@@ -59,7 +65,9 @@ def predict(model, tokens):
 @torch.no_grad()
 def logit_lens(model, tokens):
     """Top-1 token at every site, (n_loops, N, T) int64, for tokens (N, T); the paper's lens."""
-    return torch.cat([model.unembed(run_states(model, part)).argmax(-1)
+    def top(state):
+        return model.unembed(state).argmax(-1)                                  # one loop at a time
+    return torch.cat([torch.stack([top(state) for state in run_states(model, part)])
                       for part in tokens.split(BATCH)], dim=1)
 
 
@@ -183,7 +191,7 @@ def swap_other_r2(model, world, clean, pool, rng):
 
 
 def same_bridge(model, world, clean, pool, rng):
-    """Donor with the same bridge, another r2 and answer: changes nothing where only b is carried."""
+    """Donor with the same bridge, another r2 and answer: no change where only b is carried."""
     clean, donor = pick_donors(clean, pool, lambda c, d:
                                (c.b == d.b) & (c.r2 != d.r2) & (c.t != d.t) &
                                ((c.h != d.h) | (c.r1 != d.r1)), rng)
@@ -257,17 +265,40 @@ def run_paths(folder):
     return paths
 
 
-def trace(model, world, query):
-    """Top-1 token at every site for one query (Queries of length 1), as names [loop][position]."""
-    names = [*world.entity_names, *world.relation_names, "_"]
-    top = logit_lens(model, to_tokens(query, world)[0])[:, 0]                   # (n_loops, T)
-    return [[names[token] for token in row] for row in top.tolist()]
+def trace(model, world, splits):
+    """Lines that follow one OOD query with h, b and t apart: the top-1 token at every site."""
+    asked = splits["test_ood"]
+    apart = asked.take((asked.h != asked.b) & (asked.b != asked.t) & (asked.h != asked.t))
+    right = right_only(model, world, apart)
+    query = (right if len(right.h) else asked).take(slice(1))
+    entity, relation = world.entity_names, world.relation_names
+    h, r1, r2, b, t = (int(column[0]) for column in query)
+    yield (f"OOD query ({entity[h]}, {relation[r1]} -> bridge {entity[b]}, {relation[r2]} -> "
+           f"{entity[t]}): top-1 token at each site")
+    names = [*entity, *relation, "_"]
+    yield f"  {'loop':<6}" + "".join(f"{position:<12}" for position in POSITIONS)
+    for loop, row in enumerate(logit_lens(model, to_tokens(query, world)[0])[:, 0].tolist(), 1):
+        yield f"  {loop:<6}" + "".join(f"{names[token]:<12}" for token in row)
 
 
 # ---------------------------------------------------------------- figures, from a run's files
 
-def heat(axes, values, title, n):
-    """One map (n_loops, T) of shares as a labelled heat map; n is the number of queries."""
+def canvas(rows, columns, width, height, **options):
+    """A figure of rows x columns axes of the given size in inches each."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt.subplots(rows, columns, squeeze=False, layout="constrained",
+                        figsize=(width * columns + 0.6, height * rows + 0.4), **options)
+
+
+def finish(figure, path):
+    """Write the figure as PNG, the same bytes for the same content."""
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    matplotlib.pyplot.close(figure)
+
+
+def heat(axes, values, title):
+    """One map (n_loops, T) of shares in [0, 1], each cell with its number."""
     values = np.asarray(values)
     axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
     for (loop, position), value in np.ndenumerate(values):
@@ -275,150 +306,198 @@ def heat(axes, values, title, n):
                   color="white" if value < 0.6 else "black")
     axes.set_xticks(range(len(POSITIONS)), POSITIONS, fontsize=7)
     axes.set_yticks(range(len(values)), range(1, len(values) + 1), fontsize=7)
-    axes.set_title(f"{title}\n(n = {n})", fontsize=7)
+    axes.set_title(title, fontsize=7)
 
 
-LENS_MAPS = ("bridge", "bridge_chance", "target", "target_chance")
-CAUSAL_MAPS = ("swap", "swap_other_r2", "same_bridge", "swap_visible", "noise", "restore")
-
-
-def plot_maps(paths, about, part, kinds, path):
-    """Rows: stage x split; columns: kinds of map. `part` is "lens" or "causal"."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def plot_maps(paths, about, part, path):
+    """Maps of a run's paths: a row for each stage and split, a column for each kind of map."""
+    lens_part = part == "lens"
+    kinds = LENS_KINDS if lens_part else tuple(PATCHES)
     rows = [(stage, split) for stage in paths for split in paths[stage]]
-    figure, grid = plt.subplots(len(rows), len(kinds), squeeze=False, layout="constrained",
-                                figsize=(1.75 * len(kinds) + 0.6, 1.75 * len(rows) + 0.4))
+    figure, grid = canvas(len(rows), len(kinds), 1.75, 1.75)
     for (stage, split), line in zip(rows, grid):
         found = paths[stage][split][part]
         for kind, axes in zip(kinds, line):
-            if part == "lens":
-                heat(axes, found[kind]["map"], kind.replace("_", ", "), found["n"])
-            else:
-                heat(axes, found[kind]["redirected"], kind.replace("_", " "), found[kind]["n"])
+            values = found[kind]["map" if lens_part else "redirected"]
+            n = found["n"] if lens_part else found[kind]["n"]
+            heat(axes, values, f"{kind.replace('_', ' ')}\n(n = {n})")
         line[0].set_ylabel(f"{split}, {stage}\nloop", fontsize=8)
     figure.supxlabel("token position", fontsize=8)
-    what = "top-1 token is ..." if part == "lens" else "answer becomes the predicted one"
-    figure.suptitle(f"{about['regime']}, seed {about['model']['seed']}: share of queries whose {what}",
-                    fontsize=9)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)
+    what = "top-1 token is the ..." if lens_part else "answer becomes the predicted one"
+    figure.suptitle(f"{about['regime']}, seed {about['model']['seed']}: share of queries whose "
+                    f"{what}", fontsize=9)
+    finish(figure, path)
+
+
+CURVES = {"training compositions": ("#000000", "-", ("accuracy", "train_inferred")),
+          "OOD answer": ("#D55E00", "-", ("accuracy", "test_ood")),
+          "bridge seen on OOD (lens)": ("#009E73", "--", ("lens", "test_ood", "any")),
+          "the same by chance": ("#009E73", ":", ("lens", "test_ood", "any_chance"))}
 
 
 def plot_regimes(groups, path):
     """A panel a regime (paper, Figure 2): mean over seeds, and the range as a band."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, row = plt.subplots(1, len(groups), sharey=True, squeeze=False, layout="constrained",
-                               figsize=(2.3 * len(groups) + 0.5, 2.6))
-    for (name, histories), axes in zip(groups.items(), row[0]):
+    figure, (row,) = canvas(1, len(groups), 2.6, 2.6, sharey=True)
+    for (name, histories), axes in zip(groups.items(), row):
         steps = [line["step"] for line in histories[0]]
-        for label, color, style, pick in (
-                ("training compositions", "#000000", "-", lambda m: m["accuracy"]["train_inferred"]),
-                ("OOD answer", "#D55E00", "-", lambda m: m["accuracy"]["test_ood"]),
-                ("bridge seen on OOD (lens)", "#009E73", "--", lambda m: m["lens"]["test_ood"]["any"]),
-                ("chance", "#009E73", ":", lambda m: m["lens"]["test_ood"]["any_chance"])):
-            values = np.array([[pick(line) for line in history] for history in histories])
+        for label, (color, style, keys) in CURVES.items():
+            values = np.array([[functools.reduce(dict.get, keys, line) for line in history]
+                               for history in histories])
             axes.plot(steps, values.mean(0), style, color=color, label=label, lw=1.5)
             axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
         axes.set_title(f"{name}\n({len(histories)} seeds)", fontsize=8)
         axes.set(xscale="log", xlabel="training step", ylim=(-0.02, 1.02))
-    row[0][0].set_ylabel("share of queries")
-    row[0][-1].legend(fontsize=6, loc="upper left")
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)
+    row[0].set_ylabel("share of queries")
+    row[0].legend(fontsize=6, loc="upper left")
+    finish(figure, path)
 
 
-# ---------------------------------------------------------------- the table and the command line
+# ---------------------------------------------------------------- tables
 
-def summary(paths):
-    """Lines of the printed table: lens and best causal sites of each stage and split."""
-    yield (f"{'stage':<7}{'split':<9}{'bridge any (chance)':>20}{'best fixed site':>19}"
-           f"{'swap redirects':>27}{'other r2':>10}{'same bridge':>12}{'visible':>9}")
-    for stage, splits in paths.items():
-        for split, found in splits.items():
-            seen, chance = found["lens"]["bridge"], found["lens"]["bridge_chance"]
-            loop, position = seen["best_site"]
-            at = {kind: found["causal"][kind] for kind in PATCHES}
-            hop = np.asarray(at["swap_other_r2"]["redirected"])
-            site = np.unravel_index(hop.argmax(), hop.shape)
-            get = lambda kind, outcome="redirected": at[kind][outcome][site[0]][site[1]]
-            n = at["swap"]["n"]
-            low, high = wilson(get("swap") * n, n)
-            yield (f"{stage:<7}{split:<9}{seen['any']:>12.3f} ({chance['any']:.3f})"
-                   f"{seen['best']:>9.3f} at {loop + 1},{POSITIONS[position]:<6}"
-                   f"{get('swap'):>6.3f} [{low:.2f}, {high:.2f}] at {site[0] + 1},"
-                   f"{POSITIONS[site[1]]:<6}{get('swap_other_r2'):>5.3f}"
-                   f"{get('same_bridge', 'unchanged'):>12.3f}{get('swap_visible'):>9.3f}")
+def causal_path(maps):
+    """The path through a run: for each loop (position, "b" or "t", share redirected by `swap`).
+
+    The position is where a swap redirects most; it carries the bridge (b) if `swap_other_r2`
+    redirects more there than `same_bridge` does, else the answer (t).
+    """
+    effect, bridge, answer = (np.asarray(maps[kind]["redirected"])
+                              for kind in ("swap", "swap_other_r2", "same_bridge"))
+    best = effect.argmax(1)
+    return [(position, "b" if bridge[loop, position] > answer[loop, position] else "t",
+             effect[loop, position]) for loop, position in enumerate(best)]
+
+
+def report(paths):
+    """Lines about one run: what the lens sees, and every patch along the causal path."""
+    for (stage, splits), split in itertools.product(paths.items(), ("test_id", "test_ood")):
+        found = splits[split]
+        seen, chance = found["lens"]["bridge"], found["lens"]["bridge_chance"]
+        loop, position = seen["best_site"]
+        yield (f"{stage}, {split}: lens (n = {found['lens']['n']}) bridge at any site "
+               f"{seen['any']:.3f} (chance {chance['any']:.3f}), at loop {loop + 1}, "
+               f"{POSITIONS[position]} {seen['best']:.3f}")
+        for loop, (position, carried, _) in enumerate(causal_path(found["causal"])[:-1]):
+            yield (f"  {f'loop {loop + 1}, {POSITIONS[position]} ({carried})':<20}{'n':>4}  "
+                   + "".join(f"{outcome:<20}" for outcome in OUTCOMES))
+            for kind, maps in found["causal"].items():
+                n, cells = maps["n"], ""
+                for outcome in OUTCOMES:
+                    share = maps[outcome][loop][position]
+                    low, high = wilson(share * n, n)
+                    cells += f"{share:.3f} [{low:.2f}, {high:.2f}]  "
+                yield f"    {kind:<18}{n:>4}  {cells}"
 
 
 def spread(values, digits=2):
-    """"mean (least to most)" of one value a seed; a seed that never got there is counted."""
+    """"mean (least to most)" of one value a seed; seeds that never got there (None) are counted."""
     there = [v for v in values if v is not None]
-    never = f", {len(values) - len(there)} never" if len(there) < len(values) else ""
+    never = len(values) - len(there)
     if not there:
         return "never"
     return (f"{np.mean(there):.{digits}f} ({min(there):.{digits}f} to {max(there):.{digits}f}"
-            f"{never})")
+            + (f"; {never} never)" if never else ")"))
 
 
-def by_regime(runs):
-    """{regime: [history of each seed]} of run folders; a folder's parent names its regime."""
+def markdown(head, rows):
+    """Lines of a Markdown table."""
+    for row in (head, ["---"] * len(head), *rows):
+        yield "| " + " | ".join(map(str, row)) + " |"
+
+
+def by_regime(found):
+    """{run folder: value} -> {regime: [value of each seed]}; the folder's parent is the regime."""
     groups = {}
-    for folder in runs:
-        groups.setdefault(Path(folder).parent.name, []).append(read_run(folder)[1])
+    for folder, value in found.items():
+        groups.setdefault(Path(folder).parent.name, []).append(value)
     return groups
 
 
 def stages_table(groups):
-    """Markdown table of milestones and last figures, one row a regime (Finding 1, paper Figure 2)."""
+    """Milestones and last figures, a row a regime (Finding 1; paper, Figure 2)."""
     names = list(milestones([]))
-    yield "| run | seeds | " + " | ".join(names) + " | ID | OOD | bridge on OOD (chance) |"
-    yield "|" + "---|" * (len(names) + 5)
-    for group, found in groups.items():
-        last = [history[-1] for history in found]
-        cells = [spread([milestones(history)[name] for history in found], 0) for name in names]
-        cells += [spread([line["accuracy"][split] for line in last], 3)
-                  for split in ("test_id", "test_ood")]
-        seen = [np.mean([line["lens"]["test_ood"][k] for line in last])
-                for k in ("any", "any_chance")]
-        yield (f"| {group} | {len(found)} | " + " | ".join(cells)
-               + f" | {seen[0]:.2f} ({seen[1]:.2f}) |")
+    for regime, histories in groups.items():
+        last = [history[-1] for history in histories]
+        steps = [spread([milestones(history)[name] for history in histories], 0) for name in names]
+        right = [spread([line["accuracy"][split] for line in last], 3)
+                 for split in ("test_id", "test_ood")]
+        seen = [spread([line["lens"]["test_ood"][key] for line in last])
+                for key in ("any", "any_chance")]
+        yield [regime, len(histories), *steps, *right, *seen]
 
 
-def likeness_table(paths):
-    """Markdown table of how alike causal maps are; `paths` maps run folders to inference paths.
+STAGES_HEAD = ["regime", "seeds", *milestones([]), "ID answer", "OOD answer", "bridge on OOD",
+               "by chance"]
 
-    Same model before and after grokking, beside two baselines: another seed at the same stage,
-    and the same map with its sites shuffled (Finding 1 stands or falls by this).
-    """
-    yield "| run | maps compared | pairs | alike (least to most) | sites shuffled |"
-    yield "|---|---|---|---|---|"
-    groups = {}
-    for folder, found in paths.items():
-        groups.setdefault(Path(folder).parent.name, []).append(
-            {(stage, split): maps["causal"]["swap"]["redirected"]
-             for stage, splits in found.items() for split, maps in splits.items()
-             if maps["causal"]["swap"]["n"] >= 20})
-    for group, models in groups.items():
-        for label, one, two, same in (
-                ("ID before, ID after", ("before", "test_id"), ("after", "test_id"), True),
-                ("ID after, OOD after", ("after", "test_id"), ("after", "test_ood"), True),
-                ("ID after, another seed's", ("after", "test_id"), ("after", "test_id"), False)):
-            pairs = [(a[one], b[two]) for i, a in enumerate(models) for j, b in enumerate(models)
+
+def paths_table(groups):
+    """The causal path of each model, stage and split, beside what the lens sees (Finding 1)."""
+    for regime, models in groups.items():
+        for (seed, paths), split in itertools.product(enumerate(models), ("test_id", "test_ood")):
+            for stage, found in paths.items():
+                seen, maps = found[split]["lens"]["bridge"], found[split]["causal"]
+                chance = found[split]["lens"]["bridge_chance"]
+                loop, position = seen["best_site"]
+                path = " → ".join(f"{carried} at {POSITIONS[place]} {share:.2f}"
+                                  for place, carried, share in causal_path(maps)[:-1])
+                visible = np.asarray(maps["swap_visible"]["redirected"])[:-1]
+                site = np.unravel_index(visible.argmax(), visible.shape)
+                yield [regime, seed, SPLIT_NAMES[split], stage, maps["swap"]["n"], path,
+                       f"{seen['any']:.2f} ({chance['any']:.2f})",
+                       f"{seen['best']:.2f} at {loop + 1}, {POSITIONS[position]}",
+                       f"{visible.max():.2f} at {site[0] + 1}, {POSITIONS[site[1]]}"]
+
+
+SPLIT_NAMES = {"test_id": "ID", "test_ood": "OOD"}
+PATHS_HEAD = ["regime", "seed", "queries", "grokking", "n", "causal path: loops 1, 2, 3",
+              "lens: bridge at any site (chance)", "at the best fixed site",
+              "swap of the visible part redirects at most"]
+MAPS = {"swap": lambda found: found["causal"]["swap"]["redirected"],
+        "lens": lambda found: found["lens"]["bridge"]["map"]}
+PAIRS = {"ID before, ID after": (("before", "test_id"), ("after", "test_id"), True),
+         "ID after, OOD after": (("after", "test_id"), ("after", "test_ood"), True),
+         "ID before, another seed's": (("before", "test_id"), ("before", "test_id"), False),
+         "ID after, another seed's": (("after", "test_id"), ("after", "test_id"), False)}
+LIKE_HEAD = ["regime", "map", "compared", "pairs", "alike", "sites shuffled"]
+
+
+def likeness_table(groups):
+    """How alike maps are: one model's before and after, beside two baselines (Finding 1)."""
+    for (regime, models), (name, pick) in itertools.product(groups.items(), MAPS.items()):
+        maps = [{(stage, split): pick(found) for stage, splits in model.items()
+                 for split, found in splits.items()} for model in models]
+        for label, (one, two, same) in PAIRS.items():
+            pairs = [(a[one], b[two]) for i, a in enumerate(maps) for j, b in enumerate(maps)
                      if (i == j if same else i < j) and one in a and two in b]
             if pairs:
-                yield (f"| {group} | {label} | {len(pairs)} | "
-                       f"{spread([alike(*pair) for pair in pairs])} | "
-                       f"{np.mean([alike_shuffled(*pair) for pair in pairs]):.2f} |")
+                yield [regime, name, label, len(pairs), spread([alike(*pair) for pair in pairs]),
+                       f"{np.mean([alike_shuffled(*pair) for pair in pairs]):.2f}"]
 
 
-def draw(folder, paths):
-    """curves.png, lens.png and patching.png of a run, from its files."""
+def tables(runs):
+    """Lines of the README's Markdown tables, from metrics.jsonl and paths.json of the runs."""
+    histories = by_regime({run: read_run(run)[1] for run in runs})
+    paths = by_regime({run: json.loads((Path(run) / "paths.json").read_text()) for run in runs})
+    for head, rows in ((STAGES_HEAD, stages_table(histories)), (PATHS_HEAD, paths_table(paths)),
+                       (LIKE_HEAD, likeness_table(paths))):
+        yield ""
+        yield from markdown(head, rows)
+
+
+# ---------------------------------------------------------------- the command line
+
+def analyze_run(folder):
+    """Measure one run: paths.json, curves.png, lens.png, patching.png; prints what was found."""
     about, _ = read_run(folder)
+    paths = run_paths(folder)
     plot_curves(folder)
-    plot_maps(paths, about, "lens", LENS_MAPS, Path(folder) / "lens.png")
-    plot_maps(paths, about, "causal", CAUSAL_MAPS, Path(folder) / "patching.png")
+    plot_maps(paths, about, "lens", Path(folder) / "lens.png")
+    plot_maps(paths, about, "causal", Path(folder) / "patching.png")
+    print(f"\n{folder}", *report(paths), *trace(*load_run(folder)), sep="\n", flush=True)
+
+
+def shipped():
+    """The run folders under runs/shipped, in order."""
+    return sorted(path.parent for path in Path("runs/shipped").rglob("after.pt"))
 
 
 def main(argv=None):
@@ -426,16 +505,13 @@ def main(argv=None):
     parser = Parser(prog="analyze.py", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", type=Path, help="run folders (all under runs/shipped)")
     try:
-        runs = parser.parse(sys.argv[1:] if argv is None else argv)["runs"]
-        runs = runs or sorted(p.parent for p in Path("runs/shipped").rglob("after.pt"))
-        paths = {folder: run_paths(folder) for folder in runs}
-        for folder, found in paths.items():
-            draw(folder, found)
-            print(f"\n{folder}", *summary(found), sep="\n")
-        groups = by_regime(runs)
+        runs = parser.parse(sys.argv[1:] if argv is None else argv)["runs"] or shipped()
+        for folder in runs:
+            analyze_run(folder)
         Path("figures").mkdir(exist_ok=True)
-        plot_regimes(groups, Path("figures/regimes.png"))
-        print("", *stages_table(groups), "", *likeness_table(paths), sep="\n")
+        histories = by_regime({run: read_run(run)[1] for run in runs})
+        plot_regimes(histories, Path("figures/regimes.png"))
+        print(*tables(runs), sep="\n")
     except BadInput as error:
         print(f"analyze.py: {error}", file=sys.stderr)
         return 2

@@ -9,89 +9,71 @@ A fact is known by its index f = h * K + k, its place in the flattened (E, K) ar
 Only numpy here: the world depends on no model, no device and no global random state.
 """
 import argparse
-import dataclasses
 import json
 import re
 import shutil
 import sys
-from dataclasses import dataclass
+from collections import namedtuple
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 SPLITS = ("id_atomic", "ood_atomic", "train_inferred", "test_id", "test_ood",
           "test_id_ood", "test_ood_id")  # the last two: ID hop 1 + OOD hop 2, and the reverse
-
 # share of the OOD test facts injected as first hop, as second hop; compositions for each (App. C)
 REGIMES = {"natural": (0.0, 0.0, 0), "both_full": (1.0, 1.0, 18), "both_half": (0.5, 0.5, 9),
            "first_full": (1.0, 0.0, 18), "second_full": (0.0, 1.0, 18)}
 
 
-MOST = 50_000_000  # pairs (head, relation), compositions: 60 times those of the paper's world
-
-
 class BadInput(ValueError):
     """A setting or a file that cannot be used; its text is the one line the user reads."""
-
-    def __str__(self):
-        return " ".join(super().__str__().split())  # a name from a file may hold line breaks
+    __str__ = lambda self: " ".join(str(self.args[0]).split())  # names may hold line breaks
 
 
 # ---------------------------------------------------------------- settings and command line
-
 def setting(default, low, high, about, choices=None):
-    """A dataclass field that carries its legal range and its line of --help."""
-    return dataclasses.field(default=default, metadata=dict(
-        low=low, high=high, choices=choices, about=about))
+    """A dataclass field that carries its legal values and its line of --help."""
+    return field(default=default, metadata=dict(low=low, high=high, choices=choices, about=about))
 
 
 def check_settings(config):
-    """Raise BadInput for the first field of a settings dataclass outside its type or range."""
-    for field in dataclasses.fields(config):
-        value, rule = getattr(config, field.name), field.metadata
-        kinds = (int, float) if field.type is float else field.type
-        if not isinstance(value, kinds) or isinstance(value, bool) != (field.type is bool):
-            raise BadInput(f"{field.name} = {value!r}: must be of type {field.type.__name__}")
-        if rule["choices"] and value not in rule["choices"]:
-            raise BadInput(f"{field.name} = {value}: must be one of {', '.join(rule['choices'])}")
-        if rule["low"] is not None and not rule["low"] <= value <= rule["high"]:
-            raise BadInput(f"{field.name} = {value}: must lie in [{rule['low']}, {rule['high']}]")
+    """The settings dataclass given; BadInput for its first field outside its type or range."""
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    for f in fields(config):
+        value, kinds = getattr(config, f.name), (int, float) if f.type is float else f.type
+        low, high, choices = (f.metadata[name] for name in ("low", "high", "choices"))
+        if not isinstance(value, kinds) or isinstance(value, bool) != (f.type is bool):
+            raise BadInput(f"{f.name} = {value!r}: must be {words[f.type]}")
+        if choices and value not in choices:
+            raise BadInput(f"{f.name} = {value}: must be one of {', '.join(choices)}")
+        if low is not None and not low <= value <= high:
+            raise BadInput(f"{f.name} = {value}: must lie in [{low}, {high}]")
+    return config
+
+
+def settings(cls, given):
+    """A checked `cls` from those entries of `given` that name its fields and are not None."""
+    known = {f.name: given[f.name] for f in fields(cls) if given.get(f.name) is not None}
+    return check_settings(cls(**known))
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose options are dataclass fields and whose errors are one line (BadInput)."""
-
     def error(self, message):
         raise BadInput(message)
 
     def add_settings(self, cls, title):
         group = self.add_argument_group(title)
-        for field in dataclasses.fields(cls):
-            kind = _on_off if field.type is bool else field.type
-            group.add_argument("--" + field.name.replace("_", "-"), type=kind, metavar="V",
-                               help=f"{field.metadata['about']} ({field.default})")
+        truth = lambda text: {"true": True, "false": False}.get(text.lower(), text)
+        for f in fields(cls):
+            kind, text = truth if f.type is bool else f.type, f"{f.metadata['about']} ({f.default})"
+            group.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar="V", help=text)
 
     def parse(self, argv):
         """The settings given on the command line; --out_degree and --out-degree are the same."""
-        names = [a.split("=", 1) for a in argv]
-        names = ["=".join([n.replace("_", "-") if n.startswith("--") else n, *v])
-                 for n, *v in names]
-        return vars(self.parse_args(names))
-
-
-def _on_off(text):
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text}: must be true or false")
-    return text.lower() == "true"
-
-
-def settings(cls, given):
-    """A checked `cls` from those entries of `given` that name its fields and are not None."""
-    config = cls(**{f.name: given[f.name] for f in dataclasses.fields(cls)
-                    if given.get(f.name) is not None})
-    check_settings(config)
-    return config
+        hyphens = lambda name: name[0].replace("_", "-")
+        return vars(self.parse_args([re.sub("^--[^=]*", hyphens, word) for word in argv]))
 
 
 @dataclass(frozen=True)
@@ -99,14 +81,13 @@ class WorldConfig:
     """The knowledge graph and how much of it is trained (paper, Section 3)."""
     n_entities: int = setting(40, 2, 10**6, "entities")
     n_relations: int = setting(40, 1, 10**5, "relations")
-    out_degree: int = setting(24, 1, 10**5, "facts per head entity, each with its own relation")
-    ood_fraction: float = setting(0.125, 0.0, 1.0, "share of facts that are OOD")
+    out_degree: int = setting(28, 1, 10**5, "facts per head entity, each with its own relation")
+    ood_fraction: float = setting(0.1, 0.0, 1.0, "share of facts that are OOD")
     phi: float = setting(18.0, 0.0, 10**5, "training compositions per ID fact")
     data_seed: int = setting(0, 0, 2**63 - 1, "seed of graph and splits, apart from the model's")
 
 
 # ---------------------------------------------------------------- the graph
-
 @dataclass(frozen=True)
 class World:
     """A knowledge graph of E entities with up to K facts each; relation -1 pads a shorter row."""
@@ -115,38 +96,21 @@ class World:
     is_ood: np.ndarray     # (E, K) bool
     entity_names: tuple
     relation_names: tuple
-
-    @property
-    def n_entities(self):
-        return len(self.entity_names)
-
-    @property
-    def n_relations(self):
-        return len(self.relation_names)
-
-    @property
-    def facts(self):
-        """Indices of all facts (padding left out), (F,) int."""
-        return np.flatnonzero(self.relations.ravel() >= 0)
+    n_entities = property(lambda world: len(world.entity_names))
+    n_relations = property(lambda world: len(world.relation_names))
+    facts = property(lambda world: np.flatnonzero(world.relations.ravel() >= 0))  # indices, (F,)
 
     def find(self, h, r):
         """Index of the fact with head h and relation r, -1 where there is none; (N,) int each."""
-        facts = self.facts
-        keys = facts // self.relations.shape[1] * self.n_relations + self.relations.ravel()[facts]
-        order = np.argsort(keys)
-        wanted = h * self.n_relations + r
-        place = order[np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)]
-        return np.where(keys[place] == wanted, facts[place], -1)
+        stride = self.n_relations + 1  # one more than needed: no r >= 0 meets the -1 of padding
+        keys = (np.arange(self.n_entities)[:, None] * stride + self.relations).ravel()
+        order, wanted = keys.argsort(), h * stride + r
+        fact = order[np.searchsorted(keys, wanted, sorter=order) % len(keys)]
+        return np.where((keys[fact] == wanted) & (r >= 0), fact, -1)
 
 
-class Queries(NamedTuple):
+class Queries(namedtuple("Queries", "h r1 r2 b t")):
     """N questions and their answers, one (N,) int array a column; r2 = b = -1 in atomic ones."""
-    h: np.ndarray
-    r1: np.ndarray
-    r2: np.ndarray
-    b: np.ndarray
-    t: np.ndarray
-
     def take(self, rows):
         return Queries(*(column[rows] for column in self))
 
@@ -154,37 +118,31 @@ class Queries(NamedTuple):
 def make_world(config):
     """A random graph: `out_degree` distinct relations a head, each to a uniformly random tail."""
     check_settings(config)
-    if config.out_degree > config.n_relations:
-        raise BadInput(f"out_degree = {config.out_degree}: must lie in [1, n_relations = "
-                       f"{config.n_relations}]")
-    if config.n_entities * max(config.n_relations, config.out_degree ** 2) > MOST:
-        raise BadInput(f"n_entities = {config.n_entities}: times n_relations, or times out_degree "
-                       f"squared, must be at most {MOST} to fit in memory")
+    E, R, K = config.n_entities, config.n_relations, config.out_degree
+    if K > R:
+        raise BadInput(f"out_degree = {K}: must lie in [1, n_relations = {R}]")
+    if E * max(R, K * K) > 50_000_000:  # 60 times the compositions of the paper's world
+        raise BadInput(f"n_entities = {E}: times n_relations or out_degree^2 must be <= 50000000")
     rng = np.random.default_rng([config.data_seed, 0])
-    shape = (config.n_entities, config.out_degree)
-    shuffled = rng.random((config.n_entities, config.n_relations)).argsort(axis=1, kind="stable")
-    relations = shuffled[:, :config.out_degree]
-    tails = rng.integers(0, config.n_entities, shape)
-    is_ood = choose_ood(np.arange(relations.size), config, rng, shape)
-    return World(relations, tails, is_ood, tuple(f"e_{i}" for i in range(config.n_entities)),
-                 tuple(f"r_{i}" for i in range(config.n_relations)))
+    relations = rng.random((E, R)).argsort(axis=1, kind="stable")[:, :K]
+    tails = rng.integers(0, E, (E, K))
+    world = World(relations, tails, np.zeros((E, K), bool), tuple(f"e_{i}" for i in range(E)),
+                  tuple(f"r_{i}" for i in range(R)))
+    return choose_ood(world, config, rng)
 
 
-def choose_ood(facts, config, rng, shape):
-    """Mark exactly round(ood_fraction * F) of the facts, drawn without replacement."""
-    is_ood = np.zeros(shape, bool)
-    count = round(config.ood_fraction * len(facts))
-    is_ood.ravel()[rng.permutation(facts)[:count]] = True
-    return is_ood
+def choose_ood(world, config, rng):
+    """Make exactly round(ood_fraction * F) facts of the world OOD, drawn without replacement."""
+    facts = rng.permutation(world.facts)
+    world.is_ood.ravel()[facts[:round(config.ood_fraction * len(facts))]] = True
+    return world
 
 
 def compositions(world):
     """All two-hop paths as fact indices (first, second), each (N,) int."""
     width = world.relations.shape[1]
-    facts = world.facts
-    first = facts.repeat(width)                                            # (F * K,)
-    bridge = world.tails.ravel()[facts]
-    second = (bridge[:, None] * width + np.arange(width)).ravel()          # every fact of b
+    first = world.facts.repeat(width)                                                  # (F * K,)
+    second = world.tails.ravel()[first] * width + np.arange(len(first)) % width  # every fact of b
     real = world.relations.ravel()[second] >= 0
     return first[real], second[real]
 
@@ -192,21 +150,18 @@ def compositions(world):
 def queries(world, first, second=None):
     """Columns of the compositions (first, second), or of the atomic facts `first` alone."""
     relation, tail = world.relations.ravel(), world.tails.ravel()
-    head = first // world.relations.shape[1]
+    head, r1, b = first // world.relations.shape[1], relation[first], tail[first]
     if second is None:
-        none = np.full(len(first), -1)
-        return Queries(head, relation[first], none, none, tail[first])
-    return Queries(head, relation[first], relation[second], tail[first], tail[second])
+        return Queries(head, r1, np.full_like(first, -1), np.full_like(first, -1), b)
+    return Queries(head, r1, relation[second], b, tail[second])
 
 
 # ---------------------------------------------------------------- splits and regimes
-
 def make_splits(world, config, regime="natural"):
     """The seven splits of SPLITS as {name: Queries}, disjoint, for one regime of REGIMES.
-
-    phi * (ID facts) of the ID compositions are trained and the other ID ones are `test_id` (at
-    least 0.5 % of them, as in the paper). Graph, OOD facts and both test sets are the same in all
-    regimes; injected compositions move from the mixed splits to `train_inferred`.
+    phi * (ID facts) of the ID compositions are trained, the others (0.5 % or more) are `test_id`.
+    Graph, OOD facts and both test sets are the same in all regimes; injected compositions move from
+    the mixed splits to `train_inferred`.
     """
     if regime not in REGIMES:
         raise BadInput(f"regime = {regime}: must be one of {', '.join(REGIMES)}")
@@ -216,136 +171,112 @@ def make_splits(world, config, regime="natural"):
     where = lambda hop1, hop2: np.flatnonzero((ood[first] == hop1) & (ood[second] == hop2))
     id_id, ood_ood = rng.permutation(where(False, False)), where(True, True)
     id_facts = len(world.facts) - ood.sum()
-    n_train = round(config.phi * id_facts)
-    most = int(0.995 * len(id_id))
+    n_train, most = round(config.phi * id_facts), int(0.995 * len(id_id))
     if not 1 <= n_train <= most or not len(ood_ood):
         raise BadInput(f"phi = {config.phi:g}, ood_fraction = {config.ood_fraction:g}: too few "
-                       f"compositions; this world has {len(id_id)} ID ones, of which phi may take "
-                       f"1 to {most} (phi <= {most / max(id_facts, 1):.2f}), and {len(ood_ood)} "
-                       f"OOD ones, of which it needs at least 1")
+                       f"compositions; this world has {len(id_id)} ID ones (for a phi up to "
+                       f"{most / max(id_facts, 1):.2f}) and {len(ood_ood)} OOD ones (1 or more)")
     injected = inject(first, second, where(True, False), where(False, True), ood_ood, regime, rng)
-    rows = {"train_inferred": np.concatenate([id_id[:n_train], injected]),
-            "test_id": id_id[n_train:], "test_ood": ood_ood,
-            "test_id_ood": np.setdiff1d(where(False, True), injected),
-            "test_ood_id": np.setdiff1d(where(True, False), injected)}
-    made = {name: queries(world, first[r], second[r]) for name, r in rows.items()}
-    return {**atomic_splits(world), **made}
-
-
-def atomic_splits(world):
-    is_ood = world.is_ood.ravel()[world.facts]
-    return {"id_atomic": queries(world, world.facts[~is_ood]),
-            "ood_atomic": queries(world, world.facts[is_ood])}
+    return all_splits(world, first, second, {
+        "train_inferred": np.concatenate([id_id[:n_train], injected]),
+        "test_id": id_id[n_train:], "test_ood": ood_ood})
 
 
 def inject(first, second, ood_id, id_ood, ood_ood, regime, rng):
-    """Rows of mixed compositions a regime adds to training (App. C); never two OOD hops.
-
-    Drawn from the facts that occur in the OOD test: F1 as first hop, F2 as second. For each chosen
-    fact up to k compositions in which the other hop is ID.
-    """
+    """Rows of mixed compositions a regime trains (App. C): up to k, the other hop ID, for a share
+    of the facts of the OOD test, F1 as first hop and F2 as second. Never two OOD hops."""
     share1, share2, k = REGIMES[regime]
-    hop1 = _up_to_k(first, ood_id, np.unique(first[ood_ood]), share1, k, rng)
-    hop2 = _up_to_k(second, id_ood, np.unique(second[ood_ood]), share2, k, rng)
-    return np.concatenate([hop1, hop2])
+    injected = []
+    for fact, rows, share in ((first, ood_id, share1), (second, id_ood, share2)):
+        pool = np.unique(fact[ood_ood])                          # F1, F2
+        chosen = rng.permutation(pool)[:round(share * len(pool))]
+        rows = rng.permutation(rows[np.isin(fact[rows], chosen)])
+        rows = rows[np.argsort(fact[rows], kind="stable")]       # one group a fact, each shuffled
+        rank = np.arange(len(rows)) - np.searchsorted(fact[rows], fact[rows])
+        injected.append(rows[rank < k])
+    return np.concatenate(injected)
 
 
-def _up_to_k(fact, rows, pool, share, k, rng):
-    chosen = rng.permutation(pool)[:round(share * len(pool))]
-    rows = rng.permutation(rows[np.isin(fact[rows], chosen)])
-    rows = rows[np.argsort(fact[rows], kind="stable")]           # one group a fact, each shuffled
-    rank = np.arange(len(rows)) - np.searchsorted(fact[rows], fact[rows])
-    return rows[rank < k]
+def all_splits(world, first, second, rows):
+    """All seven splits; `rows` of the compositions (first, second) make up three of them."""
+    ood, facts = world.is_ood.ravel(), world.facts
+    untrained = np.ones(len(first), bool)
+    untrained[rows["train_inferred"]] = False
+    rows = {**rows, "test_id_ood": untrained & ~ood[first] & ood[second],
+            "test_ood_id": untrained & ood[first] & ~ood[second]}
+    return {"id_atomic": queries(world, facts[~ood[facts]]),
+            "ood_atomic": queries(world, facts[ood[facts]]),
+            **{name: queries(world, first[r], second[r]) for name, r in rows.items()}}
 
 
-# ---------------------------------------------------------------- files: own facts, the field's JSON
-
+# ---------------------------------------------------------------- own facts, the field's JSON
 TOKEN = "(<[^<>]+>)"
-ITEM = re.compile(f"{TOKEN}{TOKEN}{TOKEN}?{TOKEN}</a>")  # h, r1, r2 if there is one, t
+ITEM = re.compile(f"({TOKEN}{TOKEN}{TOKEN}?){TOKEN}</a>")  # h, r1, r2 if there is one; t
 SPECIAL = ["<mask>", "<sep>", "<a>", "</a>", "<q>", "</q>"]
 TYPES = {"id_atomic": "id_atomic", "ood_atomic": "ood_atomic", "train_inferred": "train_inferred",
          "test_id": "test_inferred_iid", "test_ood": "test_inferred_ood"}
-KINDS = ("fact", "id_atomic", "ood_atomic",  # what an item can be: a fact, or else a composition
-         "trained", "train_inferred", "test_inferred_iid", "test_inferred_ood")
+
+
+def read_text(path, parse=str):
+    """The text of a UTF-8 file, without the mark that some editors put at its start, parsed."""
+    try:
+        return parse(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}")
 
 
 def world_from_facts(triples, entity_names, relation_names):
     """A World, nothing in it OOD yet, from an (F, 3) int array of (h, r, t) rows, order kept."""
-    heads = triples[:, 0]
-    order = np.argsort(heads, kind="stable")
-    degree = np.bincount(heads, minlength=len(entity_names))
-    column = np.arange(len(heads)) - (degree.cumsum() - degree).repeat(degree)
-    relations = np.full((len(entity_names), degree.max()), -1)
-    tails = np.zeros_like(relations)
-    relations[heads[order], column], tails[heads[order], column] = triples[order, 1:].T
-    return World(relations, tails, np.zeros(relations.shape, bool), tuple(entity_names),
-                 tuple(relation_names))
+    h, r, t = triples[np.argsort(triples[:, 0], kind="stable")].T
+    k = np.arange(len(h)) - np.searchsorted(h, h)                # 0, 1, 2... within each head
+    relations = np.full((len(entity_names), k.max() + 1), -1)
+    tails, is_ood = np.zeros_like(relations), np.zeros(relations.shape, bool)
+    relations[h, k], tails[h, k] = r, t
+    return World(relations, tails, is_ood, tuple(entity_names), tuple(relation_names))
 
 
 def read_facts(path, config):
-    """A World from a file of tab-separated lines: head, relation, tail (UTF-8 names).
-
-    Raises BadInput, with the line's number, for a line of another form, a (head, relation) with
-    two tails, and an entity that never is a head (no composition could pass through it).
-    """
+    """A World from lines of head, relation, tail (UTF-8, tab-separated); every tail is a head."""
+    lines = read_text(path).split("\n")
+    heads = {line.split("\t")[0].strip() for line in lines}
     entities, relations, seen, triples = {}, {}, {}, []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
+    for number, line in enumerate(lines, 1):
+        place, names = f"{path}, line {number}", [name.strip() for name in line.split("\t")]
+        if not any(names):
             continue
-        names = [name.strip() for name in line.split("\t")]
         if len(names) != 3 or not all(names):
-            raise BadInput(f"{path}, line {number}: needs head, relation and tail, tab-separated")
-        h, t = (entities.setdefault(name, len(entities)) for name in (names[0], names[2]))
-        r = relations.setdefault(names[1], len(relations))
+            raise BadInput(f"{place}: needs head, relation and tail, tab-separated")
+        h, r, t = names
         if (h, r) in seen:
-            raise BadInput(f"{path}, line {number}: ({names[0]}, {names[1]}) has a tail already, "
-                           f"in line {seen[h, r]}")
+            raise BadInput(f"{place}: ({h}, {r}) has a tail already, in line {seen[h, r]}")
+        if t not in heads:
+            raise BadInput(f"{place}: {t} is never a head; add a fact that starts there")
         seen[h, r] = number
-        triples.append((h, r, t))
+        triples.append([known.setdefault(name, len(known))
+                        for known, name in zip((entities, relations, entities), names)])
     if not triples:
         raise BadInput(f"{path}: holds no fact")
-    heads = {h for h, _ in seen}
-    for (h, r, t), number in zip(triples, seen.values()):
-        if t not in heads:
-            raise BadInput(f"{path}, line {number}: {list(entities)[t]} is never a head; "
-                           "add a fact that starts there")
     world = world_from_facts(np.array(triples), entities, relations)
-    rng = np.random.default_rng([config.data_seed, 0])
-    return dataclasses.replace(
-        world, is_ood=choose_ood(world.facts, config, rng, world.relations.shape))
-
-
-def read_text(path):
-    """The text of a UTF-8 file, without the mark that some editors put at its start."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or 'is not UTF-8 text'}")
+    return choose_ood(world, config, np.random.default_rng([config.data_seed, 0]))
 
 
 def write_json(world, splits, folder):
-    """Write train, valid, test and vocab.json in the layout of Wang et al.'s public code.
-
-    The folder must be new. The mixed splits are not written: they follow from the others.
-    """
-    entity = [f"<{name}>" for name in world.entity_names]
-    relation = [f"<{name}>" for name in world.relation_names]
-
-    def items(name):
-        for h, r1, r2, _, t in zip(*(c.tolist() for c in splits[name])):
-            text = entity[h] + relation[r1] + (relation[r2] if r2 >= 0 else "")
-            yield {"input_text": text, "target_text": f"{text}{entity[t]}</a>"}
-
-    vocab = entity + relation + SPECIAL
-    if len(set(vocab)) < len(vocab) or not all(re.fullmatch(TOKEN, token) for token in vocab):
+    """Write train, valid, test and vocab.json, in the layout of Wang et al.'s public code, to a
+    new folder. The mixed splits are left out: they follow from the others."""
+    vocab = [f"<{name}>" for name in world.entity_names + world.relation_names] + SPECIAL
+    if re.findall(TOKEN, "".join(vocab)) != vocab or len(set(vocab)) < len(vocab):
         raise BadInput(f"{folder}: names must differ from each other and hold neither < nor >")
-    splits = {**splits, "atomic": queries(world, world.facts)}
-    typed = [{**item, "type": kind} for name, kind in TYPES.items() for item in items(name)]
+    relation = vocab[world.n_entities:]
+    def items(split, **kind):
+        for h, r1, r2, _, t in zip(*(column.tolist() for column in split)):
+            text = vocab[h] + relation[r1] + (relation[r2] if r2 >= 0 else "")
+            yield {"input_text": text, "target_text": f"{text}{vocab[t]}</a>", **kind}
+    files = {"train": [*items(queries(world, world.facts)), *items(splits["train_inferred"])],
+             "valid": [*items(splits["test_ood"])], "vocab": vocab,
+             "test": [item for name in TYPES for item in items(splits[name], type=TYPES[name])]}
     try:
         Path(folder).mkdir(parents=True)
-        for name, content in (("train", [*items("atomic"), *items("train_inferred")]),
-                              ("valid", list(items("test_ood"))), ("test", typed),
-                              ("vocab", vocab)):
+        for name, content in files.items():
             (Path(folder) / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     except OSError as error:
         if not isinstance(error, FileExistsError):  # what was there before is not ours to remove
@@ -355,116 +286,87 @@ def write_json(world, splits, folder):
 
 def read_json(folder):
     """(world, splits) from a folder in that layout, of which test and valid may be a sample.
-
     A fact without a type is OOD if no ID composition listed uses it; how many have none is said on
-    stderr. The mixed splits are all that the world has. Raises BadInput, with file and item
-    (counted from 0), for what is malformed or contradicts train.json or another item.
+    stderr. Refuses, with file and item (counted from 0), what is malformed or contradicts another.
     """
-    paths = [Path(folder) / f"{name}.json" for name in ("train", "valid", "test")]
-    names = [token for token in read_list(paths[0].with_name("vocab.json")) if token not in SPECIAL]
-    if (not all(isinstance(name, str) and re.fullmatch(TOKEN, name) for name in names)
-            or len(set(names)) < len(names)):
+    names = [token for token in read_list(f"{folder}/vocab.json") if token not in SPECIAL]
+    if re.findall(TOKEN, "".join(map(str, names))) != names or len(set(names)) < len(names):
         raise BadInput(f"{folder}/vocab.json: must be a list of different tokens like <e_0>")
-    tables, kinds = zip(*(read_items(path, names) for path in paths))
-    (h, r1, r2, t), kinds = np.concatenate(tables).T, np.concatenate(kinds)
-    of = lambda *wanted: np.isin(kinds, wanted)
-
+    places, kinds, *tokens = zip(*read_items(folder, names))
+    kinds, (h, r1, r2, t) = np.array(kinds), np.array(tokens)
     def refuse(bad, why):
         if bad.any():
-            item, file = bad.argmax(), 0
-            while item >= len(tables[file]):
-                item, file = item - len(tables[file]), file + 1
-            raise BadInput(f"{paths[file]}, item {item}: {why}")
-
-    facts, again = np.flatnonzero(of("fact")), of("fact")
-    if not len(facts):
-        raise BadInput(f"{paths[0]}: holds no fact")
+            raise BadInput(f"{places[bad.argmax()]}: {why}")
+    facts = kinds == "atomic"
+    if not facts.any():
+        raise BadInput(f"{folder}/train.json: holds no fact")
     E = 1 + max(h[facts].max(), t[facts].max())
-    refuse(again & (r1 < E), f"its relation precedes {names[E - 1]}, an entity, in vocab.json")
-    again[facts[np.unique(h[facts] * len(names) + r1[facts], return_index=True)[1]]] = False
-    refuse(again, "its head and relation have a tail already")
-    world = world_from_facts(np.stack([h, r1 - E, t], 1)[facts],
-                             *([name[1:-1] for name in part] for part in (names[:E], names[E:])))
-    tail, ood = world.tails.ravel(), world.is_ood.ravel()
-    first = np.where(r1 >= E, world.find(h, r1 - E), -1)
-    second = np.where(r2 >= E, world.find(tail[first], r2 - E), np.where(r2 < 0, first, -1))
+    refuse(facts & (r1 < E), f"its relation precedes {names[E - 1]}, an entity, in vocab.json")
+    once = np.unique(np.where(facts, h * len(names) + r1, -1), return_index=True)[1]
+    refuse(facts & ~np.isin(np.arange(len(h)), once), "its head and relation have a tail already")
+    plain = [name[1:-1] for name in names]
+    world = world_from_facts(np.stack([h, r1 - E, t], 1)[facts], plain[:E], plain[E:])
+    first, tail = world.find(h, r1 - E), world.tails.ravel()
+    second = np.where(r2 < 0, first, world.find(tail[first], r2 - E))
     refuse((first < 0) | (second < 0), "train.json lacks a fact of its path")
     refuse(tail[second] != t, "the facts of train.json lead to another answer")
-    ood[world.facts] = True
-    for wanted, value in ((of("trained", "test_inferred_iid"), False),
-                          (of("ood_atomic", "test_inferred_ood"), True)):
-        ood[first[wanted]] = ood[second[wanted]] = value
-    refuse(of("id_atomic", "test_inferred_iid") & (ood[first] | ood[second]),
-           "is ID by its type, but a fact of it is OOD in another item")
-    untyped = len(facts) - len(np.unique(first[of("id_atomic", "ood_atomic")]))
     splits = listed_splits(world, first, second, kinds, refuse)
-    if untyped:
-        print(f"{folder}: {untyped} of {len(facts)} facts carry no type; with those in no ID "
-              f"composition {ood.sum()} count as OOD", file=sys.stderr)
+    typed = len(np.unique(first[np.isin(kinds, ("id_atomic", "ood_atomic"))]))
+    if typed < facts.sum():
+        print(f"{folder}: {facts.sum() - typed} of {facts.sum()} facts carry no type; with those "
+              f"in no ID composition {world.is_ood.sum()} count as OOD", file=sys.stderr)
     return world, splits
 
 
 def listed_splits(world, first, second, kinds, refuse):
-    """The splits that items (first, second) of these kinds make, (N,) each; mixed ones complete."""
-    width, ood, trained = world.relations.shape[1], world.is_ood.ravel(), kinds == "trained"
+    """The splits that items (first, second) of these kinds list; the mixed ones are complete."""
+    ood, of = world.is_ood.ravel(), lambda *wanted: np.isin(kinds, wanted)
+    ood[world.facts] = True
+    for kind in ("train_inferred", "test_id", "ood_atomic", "test_ood"):  # the later ones prevail
+        ood[first[kinds == kind]] = ood[second[kinds == kind]] = "ood" in kind
+    refuse(of("id_atomic", "test_id") & (ood[first] | ood[second]), "is ID, but OOD elsewhere")
+    paths, width = compositions(world), world.relations.shape[1]
     number = lambda first, second: first * width + second % width  # second starts at first's tail
-    key, known = number(first, second), np.zeros(world.relations.size * width, bool)
-    known[key[trained]] = True
-    splits = atomic_splits(world)
-    for name, kind in (("train_inferred", "trained"), *list(TYPES.items())[3:]):
-        rows = np.flatnonzero(kinds == kind)
-        refuse((kinds == kind) & known[key] & ~trained, "is a training composition, too")
-        if not len(rows):
+    row = np.searchsorted(number(*paths), number(first, second))
+    trained = np.isin(row, row[of("train_inferred")])
+    refuse(of("test_id", "test_ood") & trained, "is a training composition, too")
+    listed = {name: list(dict.fromkeys(row[of(name)].tolist())) for name in SPLITS[2:5]}
+    for name in listed:
+        if not listed[name]:
             raise BadInput(f"the data set lists nothing for {name}")
-        rows = rows[np.sort(np.unique(key[rows], return_index=True)[1])]
-        splits[name] = queries(world, first[rows], second[rows])
-    hop1, hop2 = compositions(world)
-    new = ~known[number(hop1, hop2)]
-    for name, a, b in (("test_id_ood", False, True), ("test_ood_id", True, False)):
-        rows = new & (ood[hop1] == a) & (ood[hop2] == b)
-        splits[name] = queries(world, hop1[rows], hop2[rows])
-    return splits
+    return all_splits(world, *paths, listed)
 
 
 def read_list(path):
-    text = read_text(path)
-    try:
-        items = json.loads(text)
-    except (ValueError, RecursionError):
-        raise BadInput(f"{path}: is not JSON")
+    items = read_text(path, json.loads)
     if not isinstance(items, list) or not items:
         raise BadInput(f"{path}: must be a JSON list that is not empty")
     return items
 
 
-def read_items(path, names):
-    """Tokens h, r1, r2, t of a file's items as places in `names`, (N, 4); and their kinds, (N,)."""
-    index = {None: -1, **{name: place for place, name in enumerate(names)}}  # a fact has no r2
-    untyped = {"train": ("fact", "trained"), "valid": (None, KINDS[-1])}.get(path.stem)
-    rows, kinds = [], []
-    for number, item in enumerate(read_list(path)):
-        try:
-            text, target = item.get("input_text"), item.get("target_text")
-            h, r1, r2, t = ITEM.fullmatch(target).groups()
-            kind = untyped[r2 is not None] if untyped else item.get("type")
-            if target != text + t + "</a>" or kind not in (KINDS[3:] if r2 else KINDS[:3]):
-                raise ValueError
-            rows.append((index[h], index[r1], index[r2], index[t]))
-        except KeyError as error:
-            raise BadInput(f"{path}, item {number}: token {error.args[0]} is not in vocab.json")
-        except (AttributeError, TypeError, ValueError):
-            raise BadInput(f'{path}, item {number}: must be {{"input_text": "<h><r1><r2>", "target_'
-                           'text": "<h><r1><r2><t></a>"} or the same without r2, and its type fit')
-        kinds.append(kind)
-    return np.array(rows), np.array(kinds)
+def read_items(folder, names):
+    """Yield (place, kind, h, r1, r2, t) for every item; tokens by number, -1 for no r2."""
+    number_of = {None: -1, **{name: number for number, name in enumerate(names)}}
+    split_of = {**{kind: name for name, kind in TYPES.items()}, "train_inferred": "copy"}
+    untyped = {"train": ("atomic", "train_inferred"), "valid": (None, "test_ood"), "test": None}
+    for file, assumed in untyped.items():
+        for i, item in enumerate(read_list(f"{folder}/{file}.json")):
+            place = f"{folder}/{file}.json, item {i}"
+            try:
+                text, h, r1, r2, t = ITEM.fullmatch(item.get("target_text")).groups()
+                kind = assumed[r2 is not None] if assumed else split_of.get(item.get("type"))
+                if text != item.get("input_text") or ("atomic" in kind) != (r2 is None):
+                    raise ValueError
+                yield place, kind, number_of[h], number_of[r1], number_of[r2], number_of[t]
+            except KeyError as error:
+                raise BadInput(f"{place}: token {error.args[0]} is not in vocab.json")
+            except (AttributeError, TypeError, ValueError):
+                raise BadInput(f"{place}: must be <h><r1> or <h><r1><r2>, then <t></a>; type fit")
 
-
-# ---------------------------------------------------------------- the command line
 
 def main(argv=None):
-    """Write a data set: `python data.py --export DIR`. Returns the exit status, 2 for bad input."""
-    parser = Parser(prog="data.py", allow_abbrev=False,
-                    description="Write a data set in the layout of the public GrokkedTransformer.")
+    """Write a data set in the layout of the public GrokkedTransformer; 2 for bad input, else 0."""
+    parser = Parser(prog="data.py", allow_abbrev=False, description=main.__doc__.split(";")[0])
     parser.add_argument("--export", required=True, metavar="DIR", help="a folder to make")
     parser.add_argument("--regime", default="natural", help=f"{', '.join(REGIMES)} (natural)")
     parser.add_settings(WorldConfig, "world")

@@ -3,6 +3,7 @@
 Every answer is checked against an independent one: a walk over the graph, PyTorch's own layers,
 a slow re-statement of a rule, or a number worked out by hand.
 """
+import ast
 import dataclasses
 import errno
 import functools
@@ -1594,3 +1595,67 @@ def test_alikeness_of_maps():
     assert analyze.alike(a, a) == 1 and analyze.alike(a, 1 - a) == 0
     assert analyze.alike(a, a / 2) == pytest.approx(0.5)
     assert 0 < analyze.alike_shuffled(a, a) < 0.5
+
+
+# ---------------------------------------------------------------- what is shipped
+
+ROOT = Path(__file__).parent
+SHIPPED = sorted(path.parent for path in (ROOT / "runs" / "shipped").rglob("after.pt"))
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda f: "/".join(f.parts[-3:]))
+def test_shipped_weights_have_the_accuracy_of_their_metrics(folder):
+    """Half precision costs at most one query a split; settings are those of the preset."""
+    about, history = grok.read_run(folder)
+    model, world, splits = grok.load_run(folder, "after")
+    exams = grok.make_exams(splits, world, torch.device("cpu"))
+    for split, right in grok.evaluate(model, exams)["accuracy"].items():
+        one = 1 / len(exams[split][0])
+        assert right == pytest.approx(history[-1]["accuracy"][split], abs=one + 1e-6)
+    assert history[-1]["step"] == about["model"]["steps"]
+
+
+def test_the_default_run_starts_as_shipped(tmp_path):
+    """Its first evaluation, trained again: the same but for the arithmetic of another machine."""
+    about, history = grok.read_run(ROOT / "runs/shipped/tiny/natural/seed0")
+    world, splits = build_data(settings(WorldConfig, about["world"]), about["regime"])
+    trainer = Trainer(settings(Config, about["model"]), world, splits, torch.device("cpu"))
+    for _ in range(history[0]["step"]):
+        trainer.train_step()
+    line = trainer.measure()
+    assert line["loss"] == pytest.approx(history[0]["loss"], rel=0.02)
+    for split, right in line["accuracy"].items():
+        assert right == pytest.approx(history[0]["accuracy"][split], abs=0.05)
+
+
+def test_the_default_settings_are_those_of_the_shipped_runs():
+    about, _ = grok.read_run(ROOT / "runs/shipped/tiny/natural/seed0")
+    assert about["model"] == dataclasses.asdict(Config())
+    assert about["world"] == dataclasses.asdict(WorldConfig())
+
+
+def test_the_tiny_preset_groks():
+    """Training fitted first, the OOD answer at least three times as many steps later: all seeds."""
+    for seed in (0, 1, 2):
+        about, history = grok.read_run(ROOT / f"runs/shipped/tiny/natural/seed{seed}")
+        reached = grok.milestones(history)
+        assert reached["OOD answer >= .95"] >= 3 * reached["train >= .99"]
+        _, splits = build_data(settings(WorldConfig, about["world"]), "natural")
+        assert len(splits["test_ood"].h) >= 300
+
+
+def test_the_tables_of_the_readme_are_made_from_the_shipped_runs():
+    readme = (ROOT / "README.md").read_text()
+    for line in analyze.tables(SHIPPED):
+        assert line in readme
+
+
+def test_nothing_but_numpy_torch_and_matplotlib_is_imported_at_run_time():
+    allowed = {"numpy", "torch", "matplotlib", "data", "grok", *sys.stdlib_module_names}
+    for name in ("data.py", "grok.py", "analyze.py"):
+        imports = [node for node in ast.walk(ast.parse((ROOT / name).read_text()))
+                   if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = {alias.name for node in imports for alias in node.names
+                 if isinstance(node, ast.Import)}
+        names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
+        assert {module.split(".")[0] for module in names} <= allowed
