@@ -82,7 +82,7 @@ class WorldConfig:
     n_entities: int = setting(40, 2, 10**6, "entities")
     n_relations: int = setting(40, 1, 10**5, "relations")
     out_degree: int = setting(28, 1, 10**5, "facts per head entity, each with its own relation")
-    ood_fraction: float = setting(0.1, 0.0, 1.0, "share of facts that are OOD")
+    ood_fraction: float = setting(0.125, 0.0, 1.0, "share of facts that are OOD")
     phi: float = setting(18.0, 0.0, 10**5, "training compositions per ID fact")
     data_seed: int = setting(0, 0, 2**63 - 1, "seed of graph and splits, apart from the model's")
 

@@ -1,41 +1,36 @@
 """A tiny parameter-sharing transformer that groks two-hop composition, and the loop that trains it.
 
-    python grok.py                          the default: preset tiny, regime natural, seed 0
-    python grok.py --regime both_full       another data regime of the paper
-    python grok.py --help                   every setting
-
-Paper: He et al., "Is Grokking Worthwhile?", arXiv 2601.09049. Words used throughout:
+`python grok.py --help` lists every setting and its default. Paper: He et al., "Is Grokking
+Worthwhile?", arXiv 2601.09049. Words used throughout:
 
     B  queries in a batch            h, r1, r2  head entity and the two relations of a query
     T  token positions (4)           b, t       bridge entity; tail entity, the answer
     D  width of the model            state      residual stream after a loop, (B, T, D)
     V  tokens of the vocabulary      site       (loop, position): where a state can be read
 """
-import dataclasses
-import functools
 import hashlib
 import io
 import json
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
-from data import (BadInput, check_settings, make_splits, make_world, Parser, read_facts,
-                  read_json, read_text, REGIMES, setting, settings, SPLITS, WorldConfig)
+from data import (BadInput, make_splits, make_world, Parser, read_facts, read_json, read_text,
+                  REGIMES, setting, settings, SPLITS, WorldConfig)
 
 LAYOUTS = ("bidirectional", "causal")
 LENGTH = 4  # h r1 r2 and one blank; an atomic query is h r and two blanks
@@ -51,12 +46,12 @@ class Config:
     n_loops: int = setting(4, 1, 2**7, "passes through the block")
     logit_scale: float = setting(0.6, 1e-6, 1e6, "logits = scale * sqrt(D) * cosine, not learned")
     lr: float = setting(4e-3, 0.0, 10.0, "AdamW step size, constant after the warm-up")
-    weight_decay: float = setting(0.5, 0.0, 1e3, "AdamW weight decay, on every parameter")
+    weight_decay: float = setting(0.3, 0.0, 1e3, "AdamW weight decay, on every parameter")
     batch_size: int = setting(256, 1, 2**20, "queries a step")
-    steps: int = setting(5000, 1, 10**9, "training steps")
+    steps: int = setting(9000, 1, 10**9, "training steps")
     warmup: int = setting(200, 0, 10**9, "steps of linear warm-up")
-    ema: float = setting(0.999, 0.0, 1.0, "decay of the averaged weights that are evaluated")
-    atomic_share: float = setting(0.4, 0.0, 1.0, "share of a batch that is atomic facts")
+    ema: float = setting(0.995, 0.0, 1.0, "decay of the averaged weights that are evaluated")
+    atomic_share: float = setting(0.5, 0.0, 1.0, "share of a batch that is atomic facts")
     min_loops: int = setting(2, 1, 2**7, "the answer is trained after this loop and every later")
     eval_every: int = setting(100, 1, 10**9, "steps between evaluations")
     seed: int = setting(0, 0, 2**63 - 1, "seed of initialisation and batches")
@@ -64,12 +59,12 @@ class Config:
 
 PRESETS = {  # name: (what it is for, world settings, model settings)
     "tiny": ("minutes on two CPU cores", {}, {}),
-    "smoke": ("seconds, for the tests", dict(n_entities=12, n_relations=8, out_degree=6, phi=4.0,
-                                             ood_fraction=0.2),
+    "smoke": ("seconds, for the tests",
+              dict(n_entities=12, n_relations=8, out_degree=6, ood_fraction=0.2, phi=4.0),
               dict(d_model=32, n_heads=1, n_loops=3, batch_size=64, steps=200, warmup=20,
                    eval_every=50)),
-    "paper": ("the paper's world, for one GPU", dict(n_entities=2000, n_relations=200,
-                                                     out_degree=20, ood_fraction=0.05, phi=18.0),
+    "paper": ("the paper's world, for one GPU",
+              dict(n_entities=2000, n_relations=200, out_degree=20, ood_fraction=0.05, phi=18.0),
               dict(d_model=512, n_heads=8, batch_size=2048, lr=1e-3, steps=40000, warmup=1000,
                    eval_every=500)),
 }
@@ -103,9 +98,9 @@ def attend(q, k, v, causal):
 class Block(nn.Module):
     """Attention over the state, then a gated MLP on (input + what was attended).
 
-    Two departures from the usual block, both measured (README, "Ingredients"): the residual adds the
-    *input* embedding instead of the state, so every loop looks at the question afresh, and the MLP
-    has no residual around it, so a state holds what was looked up and nothing else.
+    Two departures from the usual block (README): the residual adds the *input* embedding instead of
+    the state, so every loop looks at the question afresh, and the MLP has no residual around it, so
+    a state holds what was looked up and nothing else.
     """
 
     def __init__(self, config):
@@ -136,8 +131,8 @@ class LoopedTransformer(nn.Module):
         super().__init__()
         self.config, self.blank = config, n_entities + n_relations
         self.embedding = nn.Parameter(torch.empty(self.blank + 1, config.d_model))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(1 if config.shared
-                                                                 else config.n_loops))
+        n_blocks = 1 if config.shared else config.n_loops
+        self.blocks = nn.ModuleList(Block(config) for _ in range(n_blocks))
         for name, weight in self.named_parameters():
             fan_in = 1 if name == "embedding" else weight.shape[1]
             nn.init.normal_(weight, std=fan_in ** -0.5)
@@ -145,8 +140,8 @@ class LoopedTransformer(nn.Module):
     def forward(self, tokens, n_loops=None, edit=None):
         """tokens (B, T) -> logits (B, V) at each query's answer position.
 
-        `edit(loop, state) -> state`, if given, is called after every loop with the state (B, T, D):
-        the one hook behind the logit lens and all activation patching.
+        `edit(loop, state) -> state` is called after every loop with the state (B, T, D): the one
+        hook behind the logit lens and all activation patching.
         """
         x = state = rms_norm(self.embedding)[tokens]                            # (B, T, D)
         for loop in range(n_loops or self.config.n_loops):
@@ -169,10 +164,7 @@ class LoopedTransformer(nn.Module):
 
 
 def to_tokens(queries, world):
-    """Queries of data.py -> tokens (N, T) and answers (N,), torch int64.
-
-    Entity e is token e, relation r is token E + r, the blank is E + R.
-    """
+    """Queries -> tokens (N, T), answers (N,): entity e is e, relation r is E + r, blank E + R."""
     E, blank = world.n_entities, world.n_entities + world.n_relations
     tokens = np.full((len(queries.h), LENGTH), blank)
     tokens[:, 0], tokens[:, 1] = queries.h, E + queries.r1
@@ -190,10 +182,8 @@ def run_states(model, tokens):
 
 
 def bridge_rates(model, tokens, bridges):
-    """Logit lens on the bridge: shares of queries whose b is the top-1 token.
-
-    `any`: at one site at least (the paper's measure); `best`: at the best fixed site; `_chance`:
-    the same for the bridges of other queries.
+    """Shares of queries whose b is the top-1 token of the logit lens: at `any` site (the paper's
+    measure), at the `best` fixed site, and `_chance`: the same for the bridges of other queries.
     """
     top = model.unembed(run_states(model, tokens)).argmax(-1)                   # (loops, B, T)
     rates = {}
@@ -222,8 +212,8 @@ def make_exams(splits, world, device, most=500):
     exams = {}
     for name in SPLITS:
         chosen = splits[name].take(rng.permutation(len(splits[name].h))[:most])
-        exams[name] = tuple(x.to(device) for x in (*to_tokens(chosen, world),
-                                                   torch.from_numpy(chosen.b)))
+        exam = *to_tokens(chosen, world), torch.from_numpy(chosen.b)
+        exams[name] = tuple(column.to(device) for column in exam)
     return exams
 
 
@@ -240,9 +230,9 @@ def draw(config, n_facts, n_rows, generator):
     """Row numbers of one batch, with replacement; atomic_share 0: all rows alike (the paper)."""
     pick = lambda low, high, n: torch.randint(low, high, (n,), generator=generator,
                                               device=generator.device)
-    atomic = round(config.atomic_share * config.batch_size)
-    if not atomic:
+    if config.atomic_share == 0:
         return pick(0, n_rows, config.batch_size)
+    atomic = round(config.atomic_share * config.batch_size)
     return torch.cat([pick(0, n_facts, atomic), pick(n_facts, n_rows, config.batch_size - atomic)])
 
 
@@ -261,7 +251,7 @@ def loss_of(model, tokens, answers):
 
 
 class Trainer:
-    """All that changes during a run: weights, their average, optimiser, draws, what was measured."""
+    """All that changes in a run: weights, their average, optimiser, draws, what was measured."""
 
     def __init__(self, config, world, splits, device):
         torch.manual_seed(config.seed)
@@ -308,7 +298,7 @@ class Trainer:
         return self.losses[:count]
 
     def measure(self):
-        """Append one line to the history. Raises BadInput if a loss was not finite."""
+        """Append one line to the history and return it."""
         self.history.append({"step": self.step, "loss": self.recent_losses().mean().item(),
                              "seconds": round(time.perf_counter() - self.began, 1),
                              **evaluate(self.average, self.exams)})
@@ -316,9 +306,9 @@ class Trainer:
 
     def state_dict(self):
         return {"made_of": self.made_of, "step": self.step, "history": self.history,
-                "losses": self.losses,
-                "model": self.model.state_dict(), "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "draws": self.generator.get_state()}
+                "losses": self.losses, "model": self.model.state_dict(),
+                "average": self.average.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "draws": self.generator.get_state()}
 
     def load_state_dict(self, saved):
         if saved["made_of"] != self.made_of:
@@ -334,12 +324,12 @@ class Trainer:
 
 # ---------------------------------------------------------------- the run folder
 
-def write_atomically(path, write):
-    """Call write(temporary file), then rename: the path holds all of the new content or the old."""
+def write_text(path, text):
+    """Write text, or bytes: killed at any moment, the path holds all of the new or of the old."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(text.encode() if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -348,32 +338,10 @@ def write_atomically(path, write):
         raise BadInput(f"{path}: cannot be written ({error.strerror})")
 
 
-def write_text(path, text):
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
 def write_checkpoint(path, content):
     buffer = io.BytesIO()  # torch.save hides the reason when a disk is full
     torch.save(content, buffer)
-    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
-
-
-def read_checkpoint(path):
-    """The content of a checkpoint; runs no code from the file. Raises BadInput if it is damaged."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise BadInput(f"{path}: is no checkpoint of this program ({type(error).__name__})")
-
-
-def save(trainer, folder):
-    """Write last.pt, from which the run resumes, and metrics.jsonl, which it contains."""
-    trainer.recent_losses()  # an interrupt may come between a bad loss and the next evaluation
-    write_checkpoint(folder / "last.pt", trainer.state_dict())
-    lines = [json.dumps(line) for line in trainer.history]
-    write_text(folder / "metrics.jsonl", "".join(line + "\n" for line in lines))
+    write_text(path, buffer.getbuffer())
 
 
 def save_weights(trainer, path):
@@ -382,53 +350,46 @@ def save_weights(trainer, path):
     write_checkpoint(path, {"step": trainer.step, "weights": weights})
 
 
-def read_config(folder):
-    """config.json of a run folder as a dict. Raises BadInput unless it holds every setting."""
-    path = Path(folder) / "config.json"
-    text = read_text(path)
+def save(trainer, folder):
+    """Write last.pt, from which the run resumes, and metrics.jsonl, which it contains."""
+    trainer.recent_losses()  # an interrupt may come between a bad loss and the next evaluation
+    write_checkpoint(folder / "last.pt", trainer.state_dict())
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in trainer.history))
+
+
+@contextmanager
+def opened(path):
+    """The content of a .json or .pt file; what fails with it, inside the `with`, is one line."""
     try:
-        about = json.loads(text)
-        for part, cls in (("world", WorldConfig), ("model", Config)):
-            odd = set(about[part]) ^ {field.name for field in dataclasses.fields(cls)}
-            if odd:
-                raise BadInput(f"{part} lacks or does not know {', '.join(sorted(odd))}")
-            check_settings(cls(**about[part]))
-        if about["regime"] not in REGIMES or about.get("source") and (
-                about["source"]["kind"] not in ("data", "facts")
-                or not all(isinstance(about["source"][key], str) for key in ("path", "sha256"))):
-            raise ValueError
-    except BadInput as error:
+        with warnings.catch_warnings(record=True):  # weights_only: runs no code from the file
+            yield (json.loads(path.read_bytes()) if path.suffix == ".json" else
+                   torch.load(path, map_location="cpu", weights_only=True))
+    except (BadInput, OSError) as error:
         raise BadInput(f"{path}: {error}")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise BadInput(f"{path}: is damaged or not of this program")
-    return about
+    except Exception as error:  # a damaged file makes torch raise many kinds
+        raise BadInput(f"{path}: is damaged or of another run ({type(error).__name__})")
 
 
 def read_run(folder):
     """(config.json as a dict, metrics.jsonl as a list of dicts) of a run folder."""
-    about, path = read_config(folder), Path(folder) / "metrics.jsonl"
-    lines = read_text(path).splitlines()
-    try:
+    lines = read_text(Path(folder) / "metrics.jsonl").splitlines()
+    with opened(Path(folder) / "config.json") as about:
+        for part, cls in (("world", WorldConfig), ("model", Config)):
+            if asdict(settings(cls, about[part])) != about[part]:
+                raise BadInput(f"{part} lacks or does not know a setting")
         history = [json.loads(line) for line in lines]
         milestones(history), history[-1]["step"]
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
-        raise BadInput(f"{path}: is empty, damaged or not of this program")
     return about, history
 
 
 def load_run(folder, weights="after"):
-    """(model, world, splits) of a run: averaged weights `before` or `after` grokking, on the CPU."""
+    """(model, world, splits) of a run, averaged weights `before` or `after` grokking, on CPU."""
     about, _ = read_run(folder)
-    world, splits = build_data(settings(WorldConfig, about["world"]), about["regime"],
-                               about.get("source"))
-    model = LoopedTransformer(settings(Config, about["model"]), world.n_entities,
-                              world.n_relations)
-    path = Path(folder) / f"{weights}.pt"
-    try:
-        saved = read_checkpoint(path)["weights"]
-        model.load_state_dict({name: value.float() for name, value in saved.items()})
-    except (KeyError, RuntimeError, AttributeError, TypeError):
-        raise BadInput(f"{path}: does not fit the model of its config.json")
+    with opened(Path(folder) / f"{weights}.pt") as saved:
+        world, splits = build_data(WorldConfig(**about["world"]), about["regime"],
+                                   about.get("source"))
+        model = LoopedTransformer(Config(**about["model"]), world.n_entities, world.n_relations)
+        model.load_state_dict({name: w.float() for name, w in saved["weights"].items()})
     return model.eval().requires_grad_(False), world, splits
 
 
@@ -437,85 +398,74 @@ def build_data(config, regime, source=None):
     if source and digest(source["path"]) != source["sha256"]:
         raise BadInput(f"{source['path']}: has changed since the run began")
     if source and source["kind"] == "data":
-        return read_data(source["path"], source["sha256"])
+        return read_json(source["path"])
     world = read_facts(source["path"], config) if source else make_world(config)
     return world, make_splits(world, config, regime)
 
 
-@functools.lru_cache(maxsize=1)
-def read_data(path, sha256):
-    """read_json, once for one content: 65 MB take seconds, and its message should come once."""
-    return read_json(path)
-
-
 def digest(path):
     """SHA-256 of a file, or of the four files of a data set."""
-    files = [path] if not Path(path).is_dir() else [
-        Path(path) / f"{name}.json" for name in ("train", "valid", "test", "vocab")]
-    try:
-        return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
+    names = [f"{path}/{name}.json" for name in ("train", "valid", "test", "vocab")]
+    files = names if Path(path).is_dir() else [path]
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 # ---------------------------------------------------------------- one run from start to end
 
-def train(folder, about, device, stop=lambda: False):
-    """Train the run that `about` describes, or go on where it stopped; returns its history.
+def train(folder, about, world, splits):
+    """Train the run that `about` describes, or go on where it stopped, till its end or Ctrl-C.
 
     Leaves in `folder`: config.json, metrics.jsonl (a line an evaluation), before.pt (weights when
     the training compositions are first >= .99), after.pt (at the end), curves.png.
     """
-    world, splits = build_data(settings(WorldConfig, about["world"]), about["regime"],
-                               about.get("source"))
-    config = settings(Config, about["model"])
-    trainer = Trainer(config, world, splits, device)
+    config, interrupts = settings(Config, about["model"]), []
+    trainer = Trainer(config, world, splits, torch.device(about["device"]))
     resume(trainer, folder, about)
-    began, first = time.perf_counter(), trainer.step
-    while trainer.step < config.steps and not stop():
-        trainer.train_step()
-        if trainer.step % config.eval_every == 0 or trainer.step == config.steps:
-            line = trainer.measure()
-            rate = (trainer.step - first) / (time.perf_counter() - began)
-            if line["accuracy"]["train_inferred"] >= 0.99 and not (folder / "before.pt").exists():
-                save_weights(trainer, folder / "before.pt")
-            save(trainer, folder)
-            say_progress(line, config.steps, rate)
-    save(trainer, folder)
-    if trainer.step == config.steps:
-        save_weights(trainer, folder / "after.pt")
-        plot_curves(folder)
-    return trainer.history
+    usual = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    try:
+        while trainer.step < config.steps and not interrupts:
+            trainer.train_step()
+            if trainer.step % config.eval_every == 0 or trainer.step == config.steps:
+                right = trainer.measure()["accuracy"]["train_inferred"]
+                if right >= 0.99 and not (folder / "before.pt").exists():
+                    save_weights(trainer, folder / "before.pt")
+                save(trainer, folder)
+                say_progress(trainer)
+        save(trainer, folder)
+        if trainer.step == config.steps:
+            save_weights(trainer, folder / "after.pt")
+            plot_curves(folder)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    return trainer
 
 
 def resume(trainer, folder, about):
     """Load last.pt if there is one; refuse a folder that holds a run of other settings."""
     if (folder / "config.json").exists():
-        found = read_config(folder)
-        parts = {"data": lambda a: (a.get("source") or {}).get("sha256"),
-                 **{part: lambda a, part=part: a[part] for part in ("regime", "world", "model")}}
-        for part, of in parts.items():
-            if of(found) != of(about):
-                raise BadInput(f"{folder}: holds a run of other settings ({part}); "
-                               "choose another --out")
+        parts = lambda a: {"data": a.get("source", {"sha256": ""})["sha256"], "regime": a["regime"],
+                           "world": json.dumps(a["world"]), "model": json.dumps(a["model"])}
+        with opened(folder / "config.json") as found:
+            other = [name for name in parts(about) if parts(about)[name] != parts(found)[name]]
+        if other:
+            raise BadInput(f"{folder}: holds a run of other settings ({', '.join(other)}); "
+                           "choose another --out")
     if (folder / "last.pt").exists():
-        try:
-            trainer.load_state_dict(read_checkpoint(folder / "last.pt"))
-        except (KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
-            raise BadInput(f"{folder}/last.pt: is damaged or of another run; move it away to "
-                           f"start again ({error.__class__.__name__})")
+        with opened(folder / "last.pt") as saved:
+            trainer.load_state_dict(saved)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", json.dumps(about, indent=1) + "\n")
 
 
-def say_progress(line, steps, rate):
+def say_progress(trainer):
     """One line: rewritten in place on a terminal, one an evaluation when piped."""
-    right, left = line["accuracy"], (steps - line["step"]) / rate
-    text = (f"step {line['step']:>6} {line['step'] / steps:4.0%}  loss {line['loss']:.3f}  "
-            f"train {right['train_inferred']:.3f}  ID {right['test_id']:.3f}  "
-            f"OOD {right['test_ood']:.3f}  {rate:.1f} steps/s  {left // 60:.0f}:{left % 60:02.0f} left")
-    print(f"\r{text}" if sys.stdout.isatty() else text, flush=True,
-          end="" if sys.stdout.isatty() else "\n")
+    line, steps, terminal = trainer.history[-1], trainer.config.steps, sys.stdout.isatty()
+    right, rate = line["accuracy"], line["step"] / max(0.1, line["seconds"])
+    minutes, seconds = divmod(round((steps - line["step"]) / rate), 60)
+    print(f"{chr(13) * terminal}step {line['step']:>6} {line['step'] / steps:4.0%}  loss "
+          f"{line['loss']:.3f}  train {right['train_inferred']:.3f}  ID {right['test_id']:.3f}  "
+          f"OOD {right['test_ood']:.3f}  {rate:.1f} steps/s  {minutes}:{seconds:02} left",
+          end="" if terminal else "\n", flush=True)
 
 
 def milestones(history):
@@ -528,67 +478,29 @@ def milestones(history):
 
 def plot_curves(folder):
     """Draw curves.png, the three stages (paper, Figure 2), from a run folder's files."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     about, history = read_run(folder)
-    steps = [line["step"] for line in history]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for split, label, color, style in (
+    rows = [{**line["accuracy"], **line["lens"]["test_ood"]} for line in history]
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots(subplot_kw=dict(xscale="log", ylim=(-0.02, 1.02)))
+    for name, label, color, style in (
             ("train_inferred", "training compositions", "#000000", "-"),
             ("test_id", "ID test", "#0072B2", "-"), ("test_ood", "OOD test", "#D55E00", "-"),
             ("test_ood_id", "OOD hop 1 + ID hop 2", "#E69F00", ":"),
-            ("test_id_ood", "ID hop 1 + OOD hop 2", "#CC79A7", ":")):
-        if split in history[-1]["accuracy"]:
-            axes.plot(steps, [line["accuracy"][split] for line in history], style, color=color,
-                      label=label, lw=1.2 if style == ":" else 2)
-    for key, label, style in (("any", "bridge seen on OOD (lens)", "--"),
-                              ("any_chance", "another query's bridge: chance", (0, (1, 3)))):
-        axes.plot(steps, [line["lens"]["test_ood"][key] for line in history], ls=style,
-                  color="#009E73", label=label)
-    for what, step in milestones(history).items():
+            ("test_id_ood", "ID hop 1 + OOD hop 2", "#CC79A7", ":"),
+            ("any", "bridge seen on OOD (lens)", "#009E73", "--"),
+            ("any_chance", "another query's bridge: chance", "#009E73", (0, (1, 3)))):
+        if name in rows[-1]:
+            axes.plot([line["step"] for line in history], [row[name] for row in rows],
+                      color=color, ls=style, lw=2 if style == "-" else 1.2, label=label)
+    for height, (what, step) in zip((1.02, 1.08, 1.02), milestones(history).items()):
         if step:
             axes.axvline(step, color="0.6", lw=0.8)
-            axes.text(step, 1.03, f"{what}\n{step}", ha="center", va="bottom", fontsize=7)
-    axes.set(xlabel="training step", ylabel="share of queries", xscale="log", ylim=(-0.02, 1.02))
-    axes.set_title(f"{about['regime']}, {about['model']['layout']}, seed {about['model']['seed']}",
-                   loc="left", fontsize=9, pad=26)
+            axes.text(step, height, f"{what}: {step}", ha="center", va="bottom", fontsize=7)
+    axes.set(xlabel="training step", ylabel="share of queries")
+    title = "{regime}, {model[layout]}, seed {model[seed]}".format(**about)
+    axes.set_title(title, loc="left", fontsize=9, pad=26)
     axes.legend(fontsize=7, loc="center left")
-    figure.savefig(folder / "curves.png", dpi=130, metadata={"Software": None})
-    plt.close(figure)
-
-
-# ---------------------------------------------------------------- many runs
-
-def all_runs():
-    """Command lines of the paper's comparison: five regimes and the ordinary transformer."""
-    kinds = [["--regime", regime] for regime in REGIMES] + [["--shared", "false"]]
-    return [[*kind, "--seed", str(seed)] for seed in (0, 1, 2) for kind in kinds]
-
-
-def train_all(given):
-    """Train `all_runs`, one core and one thread each; done ones are skipped, broken ones resumed.
-
-    Under SLURM arrays or torchrun the list is divided over the processes.
-    """
-    share = [int(os.environ.get(a, os.environ.get(b, c))) for a, b, c in (
-        ("SLURM_ARRAY_TASK_ID", "RANK", 0), ("SLURM_ARRAY_TASK_COUNT", "WORLD_SIZE", 1))]
-    runs = all_runs()[share[0]::share[1]]
-    common = [f"--{name}={value}" for name, value in given.items()
-              if value is not None and name not in ("all", "regime", "seed", "shared", "out")]
-    began = time.perf_counter()
-
-    def one(run):
-        return subprocess.run([sys.executable, __file__, *run, *common], capture_output=True,
-                              text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    failed = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, (run, result) in enumerate(zip(runs, pool.map(one, runs)), 1):
-            left = (time.perf_counter() - began) / number * (len(runs) - number)
-            failed += result.returncode != 0
-            print(f"{number}/{len(runs)} {' '.join(run)}: "
-                  f"{result.stderr.strip() or result.stdout.splitlines()[-1]}; "
-                  f"about {left / 60:.0f} minutes left", flush=True)
-    return 1 if failed else 0
+    figure.savefig(Path(folder) / "curves.png", dpi=130, metadata={"Software": None})
 
 
 # ---------------------------------------------------------------- the command line
@@ -596,147 +508,152 @@ def train_all(given):
 def main(argv=None):
     """Run the command line; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     try:
-        return command(sys.argv[1:] if argv is None else argv)
-    except (BadInput, OSError) as error:
-        print(f"grok.py: {error}", file=sys.stderr)
-        return 2
+        given = make_parser().parse(sys.argv[1:] if argv is None else argv)
+        return train_all(given) if given["all"] else train_one(given)
     except KeyboardInterrupt:
-        print("grok.py: stopped before training began", file=sys.stderr)
+        print("grok.py: stopped; the same command goes on", file=sys.stderr)
         return 130
+    except (BadInput, OSError) as error:
+        said = error
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in repr(error).lower():
+            raise
+        said = "out of memory: lower batch_size or d_model"
+    print(f"grok.py: {said}", file=sys.stderr)
+    return 2
 
 
 def make_parser():
-    parser = Parser(prog="grok.py", allow_abbrev=False,
-                    description="Train a tiny parameter-sharing transformer until it groks two-hop "
-                                "composition. Killed at any moment, the same command goes on.")
+    about = ("Train a tiny parameter-sharing transformer until it groks two-hop composition. "
+             "Killed at any moment, the same command goes on.")
+    parser = Parser(prog="grok.py", allow_abbrev=False, description=about)
     presets = "; ".join(f"{name}: {about}" for name, (about, _, _) in PRESETS.items())
     parser.add_argument("--preset", default="tiny", help=f"{presets} (tiny)")
     parser.add_argument("--regime", default="natural", help=f"{', '.join(REGIMES)} (natural)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
     parser.add_argument("--out", type=Path, help="the run's folder (ROOT/PRESET/REGIME/seedK)")
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="where runs lie (runs)")
-    parser.add_argument("--all", action="store_true",
-                        help="every regime and the ordinary transformer, seeds 0, 1, 2")
-    parser.add_argument("--data", type=Path, help="a data set to train on: a folder that "
-                        "data.py --export or the public GrokkedTransformer code wrote")
-    parser.add_argument("--facts", type=Path, help="your own facts to train on: lines of head, "
-                        "relation and tail, separated by tabs")
+    parser.add_argument("--root", type=Path, default="runs", help="where runs lie (runs)")
+    parser.add_argument("--all", action="store_true", help="all regimes, `shared` false, 3 seeds")
+    parser.add_argument("--data", help="a data set to train on: a folder that data.py --export or "
+                                       "the public GrokkedTransformer code wrote")
+    parser.add_argument("--facts", help="your own: lines of head, relation, tail, tab-separated")
     parser.add_settings(Config, "model and training (defaults of preset tiny)")
     parser.add_settings(WorldConfig, "world (defaults of preset tiny)")
     return parser
 
 
-def command(argv):
-    given = make_parser().parse(argv)
-    if given["all"]:
-        if given["data"] or given["facts"]:
-            raise BadInput("all: trains on worlds made here; leave out --data and --facts")
-        return train_all(given)
-    device = pick_device(given["device"])
-    about = describe(given, device)
+def train_one(given):
+    about = describe(given, pick_device(given["device"]))
+    world, splits = build_data(settings(WorldConfig, about["world"]), about["regime"],
+                               about.get("source"))
+    if "source" in about:
+        about["world"] = fit_settings(given, about, world, splits)
     folder = given["out"] or default_folder(given, about)
-    interrupted = []
-    before = signal.signal(signal.SIGINT, lambda *_: (
-        interrupted.append(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
-    print(f"{about['preset']} / {about['regime']} on {about['device']}, in {folder}")
-    try:
-        history = train(folder, about, device, stop=lambda: interrupted)
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        raise BadInput(f"out of memory: lower batch_size = {about['model']['batch_size']} "
-                       f"or d_model = {about['model']['d_model']}")
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if interrupted:
+    print("{preset} / {regime} on {device}".format(**about) + f", in {folder}", flush=True)
+    trainer = train(folder, about, world, splits)
+    if trainer.step < trainer.config.steps:
         print(f"\nstopped and saved in {folder}; the same command goes on from here")
         return 130
-    print_result(history, folder)
+    print_result(trainer.history, folder)
     return 0
 
 
+def train_all(given):
+    """Every regime and the ordinary transformer, seeds 0, 1, 2: one run a core or a GPU at a time.
+
+    Done ones are skipped, broken ones resumed. SLURM arrays and torchrun divide them.
+    """
+    if given["data"] or given["facts"]:
+        raise BadInput("all: trains on worlds made here; leave out --data and --facts")
+    number = lambda name, default: int(os.environ.get(name, default))
+    rank = number("SLURM_ARRAY_TASK_ID", number("RANK", 0)) - number("SLURM_ARRAY_TASK_MIN", 0)
+    kinds = [f"--regime={regime}" for regime in REGIMES] + ["--shared=false"]
+    runs = [f"{kind} --seed={seed}" for seed in (0, 1, 2) for kind in kinds]
+    runs = runs[rank::number("SLURM_ARRAY_TASK_COUNT", number("WORLD_SIZE", 1))]
+    common = [f"--{name}={value}" for name, value in given.items()
+              if value is not None and name not in ("all", "regime", "seed", "shared", "out")]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    call = lambda run: subprocess.run([sys.executable, __file__, *run.split(), *common],
+                                      env=one_thread, capture_output=True, text=True)
+    workers = os.cpu_count() if pick_device(given["device"]).type == "cpu" else 1
+    began, worst = time.perf_counter(), 0
+    with ThreadPoolExecutor(workers) as pool:
+        for done, (run, result) in enumerate(zip(runs, pool.map(call, runs)), 1):
+            left = (time.perf_counter() - began) / done * (len(runs) - done) / 60
+            said = ["", *result.stdout.splitlines(), *result.stderr.splitlines()][-1]
+            print(f"{done}/{len(runs)} {run}: {said}; about {left:.0f} minutes left", flush=True)
+            worst = max(worst, abs(result.returncode))
+    return worst
+
+
 def pick_device(name):
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, found in there.items() if found)
-    if not there.get(name):
-        legal = ", ".join(kind for kind, found in there.items() if found)
-        raise BadInput(f"device = {name}: must be auto or one that is here: {legal}")
-    return torch.device(name)
+    there = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
+    here = [kind for kind, backend in there.items() if backend.is_available()]
+    if name not in ("auto", *here):
+        raise BadInput(f"device = {name}: must be auto or one that is here: {', '.join(here)}")
+    return torch.device(here[0] if name == "auto" else name)
 
 
 def describe(given, device):
     """The content of config.json: every setting, and what the run was made with."""
     if given["preset"] not in PRESETS:
         raise BadInput(f"preset = {given['preset']}: must be one of {', '.join(PRESETS)}")
-    if given["regime"] not in REGIMES:
-        raise BadInput(f"regime = {given['regime']}: must be one of {', '.join(REGIMES)}")
+    if given["data"] and (given["facts"] or given["regime"] != "natural"):
+        raise BadInput(f"data = {given['data']}: brings its own facts and regime; "
+                       "leave out --facts and --regime")
     _, world, model = PRESETS[given["preset"]]
     chosen = {name: value for name, value in given.items() if value is not None}
-    source, found = find_source(given)
-    world = settings(WorldConfig, {**world, **chosen, **found})
     model = settings(Config, {**model, **chosen})
     if model.d_model % (2 * model.n_heads):
         raise BadInput(f"n_heads = {model.n_heads}: twice it must divide d_model = {model.d_model}")
+    source = {"source": {"kind": kind, "path": chosen[kind], "sha256": digest(chosen[kind])}
+              for kind in ("data", "facts") if kind in chosen}
     return {"preset": given["preset"], "regime": given["regime"], **source,
-            "world": dataclasses.asdict(world), "model": dataclasses.asdict(model),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+            "world": asdict(settings(WorldConfig, {**world, **chosen})), "model": asdict(model),
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "numpy": np.__version__}, "device": device.type}
 
 
-def find_source(given):
-    """For config.json: where --data or --facts come from, and the world settings they bring."""
-    kind = "data" if given.get("data") else "facts"
-    path = given.get(kind)
-    if path is None:
-        return {}, {}
-    if given.get("data") and (given.get("facts") or given["regime"] != "natural"):
-        raise BadInput(f"data = {path}: brings its own facts and regime; leave out --facts and "
-                       "--regime")
-    source = {"kind": kind, "path": str(path), "sha256": digest(path)}
-    if kind == "data":
-        world, splits = read_data(source["path"], source["sha256"])
-        id_facts, ood_facts = len(splits["id_atomic"].h), len(splits["ood_atomic"].h)
-        found = {"ood_fraction": ood_facts / (id_facts + ood_facts),
-                 "phi": len(splits["train_inferred"].h) / max(1, id_facts)}
-    else:
-        world, found = read_facts(path, WorldConfig()), {}
-    found |= {"n_entities": world.n_entities, "n_relations": world.n_relations,
-              "out_degree": world.relations.shape[1]}
+def fit_settings(given, about, world, splits):
+    """The world settings that --data or --facts bring; refuses others on the command line."""
+    found = {"n_entities": world.n_entities, "n_relations": world.n_relations,
+             "out_degree": world.relations.shape[1]}
+    if about["source"]["kind"] == "data":
+        found["ood_fraction"] = world.is_ood.sum().item() / len(world.facts)
+        found["phi"] = len(splits["train_inferred"].h) / max(1, len(splits["id_atomic"].h))
     for name, value in found.items():
-        if given.get(name) not in (None, value):
-            raise BadInput(f"{name} = {given[name]}: must be {value}, as in {path}")
-    return {"source": source}, found
+        if given[name] not in (None, value):
+            raise BadInput(f"{name} = {given[name]}: must be {value}, as in "
+                           f"{about['source']['path']}")
+    return asdict(settings(WorldConfig, {**about["world"], **found}))
 
 
 def default_folder(given, about):
-    """runs/PRESET/REGIME/seedK; settings that differ from the preset are named after REGIME."""
+    """ROOT/PRESET/REGIME/seedK; given settings other than the preset's are named after REGIME."""
     _, world, model = PRESETS[about["preset"]]
-    usual = {**dataclasses.asdict(WorldConfig()), **dataclasses.asdict(Config()), **world, **model}
-    asked = {**about["world"], **about["model"]}
-    changed = [f",{name}={asked[name]}" for name in asked
-               if name != "seed" and asked[name] != usual[name]
-               and not ("source" in about and given.get(name) is None)]
+    usual = {**asdict(WorldConfig()), **asdict(Config()), **world, **model}
+    name = about["regime"]
     if "source" in about:
-        changed.insert(0, f",{about['source']['kind']}={Path(about['source']['path']).stem}")
-    return Path(given["root"], about["preset"], about["regime"] + "".join(changed),
-                f"seed{about['model']['seed']}")
+        name += f",{about['source']['kind']}={Path(about['source']['path']).stem}"
+    for key, value in usual.items():
+        if key != "seed" and given[key] not in (None, value):
+            name += f",{key}={given[key]}"
+    return Path(given["root"], about["preset"], name, f"seed{about['model']['seed']}")
 
 
 def print_result(history, folder):
     """The seven accuracies, the stages, and where the run lies."""
-    last = history[-1]
+    last, lens = history[-1], history[-1]["lens"]["test_ood"]
     print(f"\n{'split':<16}{'right':>7}")
     for split, right in last["accuracy"].items():
         print(f"{split:<16}{right:>7.3f}")
-    lens = last["lens"]["test_ood"]
     print(f"bridge seen on OOD (lens, any site) {lens['any']:.3f}, chance {lens['any_chance']:.3f}")
     for what, step in milestones(history).items():
         print(f"{what:<20} {'at step ' + str(step) if step else 'never'}")
-    print(f"{last['seconds']:.0f} seconds of training; config, metrics, weights and curves.png "
-          f"in {folder}")
+    print(f"{last['seconds']:.0f} seconds; config, metrics, weights and curves.png in {folder}")
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # so that `| head` ends it quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())
