@@ -223,19 +223,25 @@ def alike_shuffled(a, b, times=1000):
 
 
 # ---------------------------------------------------------------- figures
-def plot_maps(paths, part, title, path):
-    """The maps of part "lens" or "causal": a row a stage and split, a column a kind of map."""
-    rows = [(f"{split}, {stage}", splits[split][part])
+LENS = [("lens", kind) for kind in ("bridge", "bridge_chance", "target", "target_chance")]
+CAUSAL = [("causal", kind) for kind in PATCHES if kind != "self"]
+SIDE_BY_SIDE = [("lens", "bridge"), ("causal", "swap_other_r2"), ("lens", "target"),
+                ("causal", "same_bridge")]  # what is seen, what is used: the bridge, the answer
+
+
+def plot_maps(paths, columns, title, path):
+    """A grid of maps: a row for each stage and split, a column for each (part, kind)."""
+    rows = [(f"{split}, {stage}", splits[split])
             for stage, splits in paths.items() for split in splits]
-    kinds = [kind for kind in rows[0][1] if kind not in ("n", "self")]
-    figure = Figure((1.7 * len(kinds) + 0.6, 1.55 * len(rows) + 0.6), layout="constrained")
-    grid = figure.subplots(len(rows), len(kinds), squeeze=False, sharex=True, sharey=True)
-    for (label, maps), line in zip(rows, grid):
+    figure = Figure((1.7 * len(columns) + 0.6, 1.55 * len(rows) + 0.6), layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
+    for (label, found), line in zip(rows, grid):
         line[0].set_ylabel(f"{label}\nloop", fontsize=8)
-        for kind, axes in zip(kinds, line):
-            n = maps["n"] if part == "lens" else maps[kind]["n"]
-            axes.set_title(f"{kind.replace('_', ' ')} (n = {n})", fontsize=7)
-            values = maps[kind]["map" if part == "lens" else "redirected"]
+        for (part, kind), axes in zip(columns, line):
+            maps = found[part][kind]
+            n = maps.get("n", found["lens"]["n"])
+            axes.set_title(f"{part}: {kind.replace('_', ' ')} (n = {n})", fontsize=6)
+            values = maps["map" if part == "lens" else "redirected"]
             axes.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
             for (loop, position), value in np.ndenumerate(values):
                 axes.text(position, loop, f"{value:.2f}", ha="center", va="center", fontsize=7,
@@ -243,7 +249,7 @@ def plot_maps(paths, part, title, path):
             axes.set_xticks(range(len(POSITIONS)), POSITIONS, fontsize=7)
             axes.set_yticks(range(len(values)), range(1, len(values) + 1), fontsize=7)
     figure.supxlabel("token position", fontsize=8)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=8)
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
@@ -393,16 +399,17 @@ def tables(runs):
 
 # ---------------------------------------------------------------- the command line
 def analyze_run(folder):
-    """Measure one run: paths.json, curves.png, lens.png, patching.png; prints what was found."""
+    """Measure one run: paths.json and four figures into its folder; prints what was found."""
     about, models = read_run(folder)[0], {"after": load_run(folder)}
     if (folder / "before.pt").exists():
         models = {"before": load_run(folder, "before"), **models}
     paths = {stage: inference_path(*model) for stage, model in models.items()}
     write_text(folder / "paths.json", json.dumps(paths) + "\n")
     plot_curves(folder)
-    name = "{regime}, seed {model[seed]}: share of ".format(**about)
-    plot_maps(paths, "lens", name + "queries whose top-1 token is the ...", folder / "lens.png")
-    plot_maps(paths, "causal", name + "patched answers as predicted", folder / "patching.png")
+    name, shown = "{regime}, seed {model[seed]}".format(**about), "share of queries whose "
+    plot_maps(paths, LENS, f"{name}: {shown}top-1 token is the ...", folder / "lens.png")
+    plot_maps(paths, CAUSAL, f"{name}: {shown}answer is the predicted one", folder / "patching.png")
+    plot_maps(paths, SIDE_BY_SIDE, f"{name}: what is seen, and what is used", folder / "paths.png")
     print(f"\n{folder}", *report(paths), *trace(*models["after"]), sep="\n", flush=True)
 
 

@@ -341,7 +341,7 @@ def write_text(path, text):
 def write_checkpoint(path, content):
     buffer = io.BytesIO()  # torch.save hides the reason when a disk is full
     torch.save(content, buffer)
-    write_text(path, buffer.getbuffer())
+    write_text(path, buffer.getvalue())
 
 
 def save_weights(trainer, path):

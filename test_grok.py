@@ -1365,6 +1365,7 @@ def finished(brief_run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("change", CHECKPOINTS.values(), ids=CHECKPOINTS)
 def test_a_damaged_or_foreign_checkpoint_is_refused(change, finished, capsys, recwarn):
     change(Path("run"))
+    recwarn.clear()
     refuses(["grok", *BRIEF, "--out", "run"], "run/last.pt", capsys)
     assert not recwarn.list  # on the command line a warning would be more lines
     assert not Path("stranger-was-here").exists()
