@@ -265,7 +265,7 @@ def plot_regimes(groups, path):
                 ("any", "bridge seen on OOD (lens)", "#009E73", "--"),
                 ("any_chance", "the same by chance", "#009E73", ":")):
             values = np.array([[{**line["accuracy"], **line["lens"]["test_ood"]}[name]
-                                for line in history] for history, _ in seeds])  # (seeds, steps)
+                                for line in history] for history, *_ in seeds])  # (seeds, steps)
             axes.plot(steps, values.mean(0), style, color=color, label=label, lw=1.5)
             axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
         axes.set(title=f"{regime}\nseeds: {len(seeds)}", xscale="log", xlabel="training step")
@@ -319,10 +319,11 @@ def trace(model, world, splits):
 
 
 def by_regime(runs):
-    """{regime: [(metrics.jsonl, paths.json) of each seed]}; a run folder's parent is its regime."""
+    """{regime: [(metrics.jsonl, paths.json, seed), ...]}; a run folder's parent is its regime."""
     groups = {}
     for run in map(Path, runs):
-        found = read_run(run)[1], json.loads((run / "paths.json").read_text())
+        (about, history), paths = read_run(run), json.loads((run / "paths.json").read_text())
+        found = history, paths, about["model"]["seed"]
         groups.setdefault(run.absolute().parent.name, []).append(found)
     return groups
 
@@ -341,8 +342,8 @@ def stages_table(groups):
     yield ["regime", "seeds", *milestones([]), "ID answer", "OOD answer", "bridge on OOD",
            "by chance"]
     for regime, seeds in groups.items():
-        last = [history[-1] for history, _ in seeds]
-        steps = [spread([milestones(h)[name] for h, _ in seeds], 0) for name in milestones([])]
+        last = [history[-1] for history, *_ in seeds]
+        steps = [spread([milestones(h)[name] for h, *_ in seeds], 0) for name in milestones([])]
         right = [spread([m["accuracy"][split] for m in last], 3) for split in EXAMINED]
         seen = [spread([m["lens"]["test_ood"][key] for m in last]) for key in ("any", "any_chance")]
         yield [regime, len(seeds), *steps, *right, *seen]
@@ -350,11 +351,11 @@ def stages_table(groups):
 
 def paths_table(groups):
     """The causal path of each model, stage and split, beside what the lens sees (Finding 1)."""
-    yield ["regime", "seed", "queries", "grokking", "n", "causal path: loops 1, 2, 3",
+    yield ["regime", "seed", "queries", "grokking", "n (swap)", "causal path: loops 1, 2, 3",
            "lens: bridge at any site (chance)", "at the best fixed site",
            "swap of the visible part redirects at most"]
     for regime, seeds in groups.items():
-        for (seed, (_, paths)), split in itertools.product(enumerate(seeds), EXAMINED):
+        for (_, paths, seed), split in itertools.product(seeds, EXAMINED):
             for stage in paths:
                 lens, causal = paths[stage][split]["lens"], paths[stage][split]["causal"]
                 seen, chance = lens["bridge"], lens["bridge_chance"]
@@ -376,7 +377,7 @@ def likeness_table(groups):
         for name, part, kind, share in (("swap", "causal", "swap", "redirected"),
                                         ("lens", "lens", "bridge", "map")):
             maps = [{f"{EXAMINED[split]} {stage}": paths[stage][split][part][kind][share]
-                     for stage in paths for split in EXAMINED} for _, paths in seeds]
+                     for stage in paths for split in EXAMINED} for _, paths, _ in seeds]
             for one, two in (("ID before", "ID after"), ("ID after", "OOD after"),
                              ("ID before", other), ("ID after", other)):
                 pairs = [(m[one], m[two]) for m in maps if one in m and two in m]
@@ -424,8 +425,9 @@ def main(argv=None):
             raise BadInput("runs/shipped: holds no trained run; name the folders of your own")
         for folder in runs:
             analyze_run(folder)
-        Path("figures").mkdir(exist_ok=True)
-        plot_regimes(by_regime(runs), "figures/regimes.png")
+        if runs is shipped:
+            Path("figures").mkdir(exist_ok=True)
+            plot_regimes(by_regime(runs), "figures/regimes.png")
         print(*tables(runs), sep="\n")
     except (BadInput, OSError) as error:
         print(f"analyze.py: {error}", file=sys.stderr)

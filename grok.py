@@ -5,7 +5,7 @@ Worthwhile?", arXiv 2601.09049. Words used throughout:
 
     B  queries in a batch            h, r1, r2  head entity and the two relations of a query
     T  token positions (4)           b, t       bridge entity; tail entity, the answer
-    D  width of the model            state      residual stream after a loop, (B, T, D)
+    D  width of the model            state      what a loop hands to the next, (B, T, D)
     V  tokens of the vocabulary      site       (loop, position): where a state can be read
 """
 import hashlib
@@ -100,7 +100,7 @@ class Block(nn.Module):
 
     Two departures from the usual block (README): the residual adds the *input* embedding instead of
     the state, so every loop looks at the question afresh, and the MLP has no residual around it, so
-    a state holds what was looked up and nothing else.
+    the old state is passed on through attention only.
     """
 
     def __init__(self, config):
@@ -113,7 +113,7 @@ class Block(nn.Module):
         self.down = nn.Linear(hidden, D, bias=False)
 
     def forward(self, state, x):
-        """state (B, T, D) after the last loop, x (B, T, D) the input -> state (B, T, D)."""
+        """state (B, T, D) after the previous loop, x (B, T, D) the input -> state (B, T, D)."""
         B, T, D = state.shape
         heads = self.qkv(state).view(B, T, 3, self.n_heads, D // self.n_heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4)                                  # (B, heads, T, d)
@@ -499,7 +499,7 @@ def plot_curves(folder):
     axes.set(xlabel="training step", ylabel="share of queries")
     title = "{regime}, {model[layout]}, seed {model[seed]}".format(**about)
     axes.set_title(title, loc="left", fontsize=9, pad=26)
-    axes.legend(fontsize=7, loc="center left")
+    axes.legend(fontsize=7, loc="upper left")
     figure.savefig(Path(folder) / "curves.png", dpi=130, metadata={"Software": None})
 
 
