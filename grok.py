@@ -87,7 +87,7 @@ def rotate(x, positions):
 
 
 def attend(q, k, v, causal):
-    """Softmax attention over (B, heads, T, d), written out: SDPA is slower for four tokens."""
+    """Softmax attention over (B, heads, T, d), written out to be read."""
     score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])                    # (B, heads, T, T)
     if causal:
         future = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
