@@ -1,6 +1,6 @@
 """Looking inside a trained model: the logit lens reads its states, activation patching moves them.
 
-    python analyze.py [RUN ...]     lens and patching of each run (RUN/paths.json), table, figures
+    python analyze.py [RUN ...]     lens and patching of each run (RUN/paths.json), tables, figures
 
 A site is (loop, position): the state after that loop at that token. The lens asks what a state
 *shows* (paper, Section 4: the top-1 token of its unembedding); patching asks what a state *does*
@@ -10,15 +10,16 @@ that the donor's bridge predicts). Everything goes through the model's one `edit
 import itertools
 import json
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from data import BadInput, Parser
-from grok import (load_run, milestones, plot_curves, read_run, rms_norm, run_states, to_tokens,
-                  write_text)
+from data import BadInput, Parser, REGIMES, WorldConfig
+from grok import (build_data, load_run, make_exams, milestones, plot_curves, PRESETS, read_run,
+                  run_states, save_figure, to_tokens, write_text)
 
 POSITIONS = ("h", "r1", "r2", "answer")
 OUTCOMES = ("redirected", "changed", "unchanged")
@@ -56,11 +57,25 @@ def lens_rates(top, wanted):
 
 def lens(model, world, asked):
     """lens_rates of bridge and target for Queries, each with its chance level (another query's)."""
-    tokens, answers = to_tokens(asked, world)
+    tokens, answers = to_tokens(asked, world, model.config.layout)
     top, bridges = logit_lens(model, tokens), torch.from_numpy(asked.b)
     return {"n": len(tokens),
             "bridge": lens_rates(top, bridges), "bridge_chance": lens_rates(top, bridges.roll(1)),
             "target": lens_rates(top, answers), "target_chance": lens_rates(top, answers.roll(1))}
+
+
+@torch.no_grad()
+def probe(model, world, known, asked, ridge=1.0):
+    """Share of the Queries `asked` whose bridge a linear probe reads at each site, (n_loops, T).
+    Ridge regression from states to bridges in closed form, fitted on the Queries `known`. Finds
+    what is present without being the lens's top-1; says nothing of whether it is used."""
+    states = lambda queries: torch.nn.functional.pad(  # and a 1, for the probe's constant
+        run_states(model, to_tokens(queries, world, model.config.layout)[0]), (0, 1), value=1.0)
+    x = states(known).transpose(1, 2)                                    # (n_loops, T, N, D + 1)
+    y = torch.eye(world.n_entities)[known.b]                                              # (N, E)
+    gram = x.mT @ x + ridge * torch.eye(x.shape[-1])
+    read = (states(asked).transpose(1, 2) @ torch.linalg.solve(gram, x.mT @ y)).argmax(-1)
+    return (read == torch.from_numpy(asked.b)).float().mean(-1).tolist()
 
 
 # ---------------------------------------------------------------- activation patching
@@ -114,7 +129,7 @@ def patch_map(model, clean, donor, answers, predicted, put=whole, direction=None
 # ---------------------------------------------------------------- donors
 def right_only(model, world, asked):
     """Those of the Queries that the model answers rightly."""
-    tokens, answers = to_tokens(asked, world)
+    tokens, answers = to_tokens(asked, world, model.config.layout)
     return asked.take((predict(model, tokens) == answers).numpy())
 
 
@@ -163,7 +178,7 @@ def restore(model, world, clean, pool, rng):
     the clean query is the donor, whose answer should return (Wang et al., Section 3, role h)."""
     moved = (clean.h + rng.integers(1, world.n_entities, len(clean.h))) % world.n_entities
     corrupted = clean._replace(h=moved)
-    tokens, answers = to_tokens(corrupted, world)
+    tokens, answers = to_tokens(corrupted, world, model.config.layout)
     lost = (predict(model, tokens) != answers).numpy()
     return corrupted.take(lost), clean.take(lost), clean.t[lost]
 
@@ -176,11 +191,11 @@ PATCHES = {"self": (itself, whole), "swap": (swap, whole), "swap_visible": (swap
 def causal(model, world, asked, n=500):
     """Every kind of PATCHES at every site, {kind: patch_map}, for up to n of the Queries `asked`.
     Clean and donor query are both answered rightly; donors come from all of `asked`."""
-    rng, vector = np.random.default_rng(0), rms_norm(model.embedding)
+    rng, vector = np.random.default_rng(0), model.vectors()
     pool, maps = right_only(model, world, asked), {}
     for kind, (choose, put) in PATCHES.items():
         clean, donor, predicted = choose(model, world, pool.take(slice(n)), pool, rng)
-        tokens, donor_tokens = to_tokens(clean, world)[0], to_tokens(donor, world)[0]
+        tokens, donor_tokens = (to_tokens(q, world, model.config.layout)[0] for q in (clean, donor))
         maps[kind] = patch_map(model, tokens, donor_tokens, predict(model, tokens),
                                torch.from_numpy(predicted), put, vector[donor.b] - vector[clean.b])
     return maps
@@ -188,24 +203,31 @@ def causal(model, world, asked, n=500):
 
 # ---------------------------------------------------------------- inference paths of a run
 def inference_path(model, world, splits, n=500, pool=2000):
-    """{split: {"lens": lens, "causal": causal}} of ID and OOD queries: up to n random ones for the
-    lens, up to n answered rightly for patching, with donors from up to `pool` of the split."""
+    """{split: {"lens": lens, "probe": probe, "causal": causal}} of ID and OOD queries: up to n
+    random ones for the lens and the probe, which is fitted on up to `pool` ID queries that nothing
+    else uses; up to n answered rightly for patching, with donors from up to `pool` of the split."""
     rng, path = np.random.default_rng(0), {}
-    for split in EXAMINED:
-        asked = splits[split].take(rng.permutation(len(splits[split].h))[:pool])
+    half = len(splits["test_id"].h) // 2
+    order = rng.permutation(2 * half)
+    parts = {"test_id": splits["test_id"].take(order[:half][:pool]),
+             "test_ood": splits["test_ood"].take(rng.permutation(len(splits["test_ood"].h))[:pool])}
+    known = splits["test_id"].take(order[half:][:pool])
+    for split, asked in parts.items():
         path[split] = {"lens": lens(model, world, asked.take(slice(n))),
+                       "probe": {"map": probe(model, world, known, asked.take(slice(n)))},
                        "causal": causal(model, world, asked, n)}
     return path
 
 
-def causal_path(maps):
+def causal_path(maps, least=0.2):
     """For each loop but the last: ((loop, position), "b" or "t", share redirected by `swap`).
-    The position is where a swap redirects most; it carries the bridge (b) if `swap_other_r2`
-    redirects more there than `same_bridge` does, else the answer (t)."""
+    The position is where a swap redirects most, if that is at least `least` of the answers; it
+    carries the bridge (b) if `swap_other_r2` redirects more there than `same_bridge` does, else the
+    answer (t)."""
     effect, bridge, answer = (np.asarray(maps[kind]["redirected"])
                               for kind in ("swap", "swap_other_r2", "same_bridge"))
     return [(site, "b" if bridge[site] > answer[site] else "t", effect[site])
-            for site in enumerate(effect[:-1].argmax(1))]
+            for site in enumerate(effect[:-1].argmax(1)) if effect[site] >= least]
 
 
 def alike(a, b):
@@ -213,6 +235,12 @@ def alike(a, b):
     The last loop is left out: its state at the answer position is the output in every model."""
     a, b = np.asarray(a)[:-1], np.asarray(b)[:-1]
     return float(np.minimum(a, b).sum() / max(np.maximum(a, b).sum(), 1e-12))
+
+
+def strongest(values):
+    """(share, site) of the largest in a map (n_loops, T), the last loop left out."""
+    values = np.asarray(values)[:-1]
+    return values.max(), np.unravel_index(values.argmax(), values.shape)
 
 
 def alike_shuffled(a, b, times=1000):
@@ -229,9 +257,9 @@ SIDE_BY_SIDE = [("lens", "bridge"), ("causal", "swap_other_r2"), ("lens", "targe
                 ("causal", "same_bridge")]  # what is seen, what is used: the bridge, the answer
 
 
-def plot_maps(paths, columns, title, path):
+def plot_maps(paths, columns, title):
     """A grid of maps: a row for each stage and split, a column for each (part, kind)."""
-    rows = [(f"{split}, {stage}", splits[split])
+    rows = [(f"{EXAMINED[split]}, {stage}", splits[split])
             for stage, splits in paths.items() for split in splits]
     figure = Figure((1.7 * len(columns) + 0.6, 1.55 * len(rows) + 0.6), layout="constrained")
     grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
@@ -246,32 +274,97 @@ def plot_maps(paths, columns, title, path):
             for (loop, position), value in np.ndenumerate(values):
                 axes.text(position, loop, f"{value:.2f}", ha="center", va="center", fontsize=7,
                           color="white" if value > 0.6 else "black")
-            axes.set_xticks(range(len(POSITIONS)), POSITIONS, fontsize=7)
+            axes.set_xticks(range(len(values[0])), POSITIONS[:len(values[0])], fontsize=7)
             axes.set_yticks(range(len(values)), range(1, len(values) + 1), fontsize=7)
     figure.supxlabel("token position", fontsize=8)
     figure.suptitle(title, fontsize=8)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    return figure
 
 
-def plot_regimes(groups, path):
-    """A panel a regime (paper, Figure 2): mean over seeds, and the range as a band."""
-    figure = Figure((max(4.2, 2.4 * len(groups)), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
-    for axes, (regime, seeds) in zip(panels, groups.items()):
-        steps = [line["step"] for line in seeds[0][0]]
-        for name, label, color, style in (
+def plot_regimes(groups):
+    """A panel a regime (paper, Figures 1 and 2): mean over seeds, and the range as a band."""
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = Figure((3 * columns, 2.3 * rows + 0.8), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for axes in grid[len(groups):]:
+        axes.remove()
+    for axes, (name, seeds) in zip(grid, groups.items()):
+        steps = [line["step"] for line in seeds[0].history]
+        for key, label, color, style in (
                 ("train_inferred", "training compositions", "#000000", "-"),
                 ("test_ood", "OOD answer", "#D55E00", "-"),
                 ("any", "bridge seen on OOD (lens)", "#009E73", "--"),
                 ("any_chance", "the same by chance", "#009E73", ":")):
-            values = np.array([[{**line["accuracy"], **line["lens"]["test_ood"]}[name]
-                                for line in history] for history, *_ in seeds])  # (seeds, steps)
+            values = np.array([[{**line["accuracy"], **line["lens"]["test_ood"]}[key]
+                                for line in run.history] for run in seeds])     # (seeds, steps)
             axes.plot(steps, values.mean(0), style, color=color, label=label, lw=1.5)
             axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
-        axes.set(title=f"{regime}\nseeds: {len(seeds)}", xscale="log", xlabel="training step")
-    panels[0].set(ylabel="share of queries", ylim=(-0.02, 1.02))
-    figure.legend(handles=axes.get_lines(), fontsize=7, ncols=2, loc="outside lower center")
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+        axes.set_title(f"{name}, seeds: {len(seeds)}", fontsize=8)
+        axes.set(xscale="log", xlabel="training step", ylabel="share of queries",
+                 ylim=(-0.02, 1.02))
+    figure.legend(handles=axes.get_lines(), fontsize=7, ncols=4, loc="outside lower center")
+    return figure
+
+
+def plot_bridges(groups):
+    """Bars a regime, for OOD queries after training (Finding 2): answered, and the bridge seen by
+    the lens, read by a probe, used by the model (swap_other_r2); a dot a seed."""
+    parts = (("answered rightly", "#D55E00", lambda run: run.history[-1]["accuracy"]["test_ood"]),
+             ("bridge seen: lens, best site", "#009E73",
+              lambda run: run.paths["after"]["test_ood"]["lens"]["bridge"]["best"]),
+             ("bridge present: linear probe, best site", "#56B4E9",
+              lambda run: np.max(run.paths["after"]["test_ood"]["probe"]["map"])),
+             ("bridge used: its swap redirects the answer", "#0072B2",
+              lambda run: strongest(after(run)["swap_other_r2"]["redirected"])[0]))
+    figure = Figure((1.15 * len(groups) + 1, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for i, (label, color, value) in enumerate(parts):
+        place = np.arange(len(groups)) + (i - 1.5) * 0.2
+        found = [[value(run) for run in seeds] for seeds in groups.values()]
+        axes.bar(place, [np.mean(v) for v in found], 0.18, color=color, alpha=0.6, label=label)
+        for x, v in zip(place, found):
+            axes.plot([x] * len(v), v, ".", color=color, ms=5)
+    axes.set_xticks(range(len(groups)), [name.replace("/", "\n") for name in groups], fontsize=7)
+    axes.set(ylabel="share of OOD queries", ylim=(0, 1.02))
+    figure.legend(fontsize=7, ncols=2, loc="outside lower center")
+    return figure
+
+
+ASKED = {"test_ood_id": "new + old", "test_id_ood": "old + new", "test_ood": "new + new"}
+
+
+def plot_tuned(groups):
+    """Fine-tuning on new facts (Finding 3): exact match by start, and by compositions per new fact;
+    mean over seeds with the Wilson interval of one seed's queries."""
+    starts = {k: v for k, v in groups.items() if v[0].about["world"]["kept"] < 1}
+    curve = sorted((v for v in groups.values() if v[0].about["world"]["kept"] == 1),
+                   key=lambda seeds: seeds[0].about["world"]["new_k"])
+    figure = Figure((10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
+    for i, ((split, label), color) in enumerate(zip(ASKED.items(),
+                                                    ("#0072B2", "#E69F00", "#D55E00"))):
+        def bars(seeds):
+            mean, n = exact(seeds, split)
+            low, high = wilson(mean * n, n)
+            return mean, mean - low, high - mean
+        for axes, kinds, place in ((left, [*starts.values()], np.arange(len(starts)) + 0.25 * i),
+                                   (right, curve, [v[0].about["world"]["new_k"] for v in curve])):
+            if kinds:
+                mean, *interval = map(np.array, zip(*map(bars, kinds)))
+                draw = dict(yerr=np.maximum(interval, 0), color=color, label=label, capsize=2)
+                if axes is left:
+                    axes.bar(place, mean, 0.22, **draw)
+                else:
+                    axes.errorbar(place, mean, marker="o", **draw)
+    names = [start_of(v[0].about) for v in starts.values()]
+    left.set_xticks(np.arange(len(starts)) + 0.25, names, fontsize=7)
+    left.set(ylabel="exact match", ylim=(0, 1.05), xlabel="fine-tuned from (share of old facts "
+             f"kept: {min([v[0].about['world']['kept'] for v in starts.values()], default=1):g})")
+    right.set(xlabel="trained compositions per new fact as second hop\n(from natural, all old "
+              "facts kept)")
+    right.legend(fontsize=7)
+    return figure
 
 
 # ---------------------------------------------------------------- tables
@@ -310,22 +403,47 @@ def trace(model, world, splits):
     apart = asked.take((asked.h != asked.b) & (asked.b != asked.t) & (asked.h != asked.t))
     right = right_only(model, world, apart)
     query = (right if len(right.h) else asked).take(slice(1))
-    h, r1, r2, _ = (names[token] for token in to_tokens(query, world)[0][0])
+    tokens, _ = to_tokens(query, world, model.config.layout)
+    h, r1, r2 = (names[token] for token in tokens[0, :3])
     yield (f"OOD query ({h}, {r1} -> bridge {names[query.b[0]]}, {r2} -> {names[query.t[0]]}): "
            "top-1 token at each site")
-    yield f"  {'loop':<6}" + "".join(f"{position:<12}" for position in POSITIONS)
-    for loop, row in enumerate(logit_lens(model, to_tokens(query, world)[0])[:, 0], 1):
+    yield f"  {'loop':<6}" + "".join(f"{place:<12}" for place, _ in zip(POSITIONS, tokens[0]))
+    for loop, row in enumerate(logit_lens(model, tokens)[:, 0], 1):
         yield f"  {loop:<6}" + "".join(f"{names[token]:<12}" for token in row)
 
 
-def by_regime(runs):
-    """{regime: [(metrics.jsonl, paths.json, seed), ...]}; a run folder's parent is its regime."""
+Run = namedtuple("Run", "about history paths")  # of config.json, metrics.jsonl, paths.json
+
+
+def read_groups(folders):
+    """{"preset/regime": [Run, ...]}, a Run a seed; its paths are None where none were measured."""
     groups = {}
-    for run in map(Path, runs):
-        (about, history), paths = read_run(run), json.loads((run / "paths.json").read_text())
-        found = history, paths, about["model"]["seed"]
-        groups.setdefault(run.absolute().parent.name, []).append(found)
-    return groups
+    for folder in map(Path, folders):
+        paths = folder / "paths.json"
+        run = Run(*read_run(folder), json.loads(paths.read_text()) if paths.exists() else None)
+        groups.setdefault("/".join(folder.absolute().parts[-3:-1]), []).append(run)
+    def rank(item):
+        about = item[1][0].about
+        return [*PRESETS].index(about["preset"]), [*REGIMES].index(about["regime"]), item[0]
+    return dict(sorted(groups.items(), key=rank))
+
+
+def after(run):
+    """The patch maps of OOD queries at the end of a run."""
+    return run.paths["after"]["test_ood"]["causal"]
+
+
+def start_of(about):
+    """The regime a fine-tuned run started from."""
+    return Path(about["start"]["path"]).parent.name if "start" in about else "scratch"
+
+
+def exact(seeds, split):
+    """(mean share right at the end, queries a seed) of fine-tuned runs."""
+    about = seeds[0].about
+    world, splits = build_data(WorldConfig(**about["world"]), about["regime"])
+    n = len(make_exams({split: splits[split]}, world, about["model"]["layout"], "cpu")[split][0])
+    return np.mean([run.history[-1]["accuracy"][split] for run in seeds]), n
 
 
 def spread(values, digits=2):
@@ -338,64 +456,110 @@ def spread(values, digits=2):
 
 
 def stages_table(groups):
-    """Milestones and last figures, a row a regime (Finding 1; paper, Figure 2)."""
-    yield ["regime", "seeds", *milestones([]), "ID answer", "OOD answer", "bridge on OOD",
-           "by chance"]
-    for regime, seeds in groups.items():
-        last = [history[-1] for history, *_ in seeds]
-        steps = [spread([milestones(h)[name] for h, *_ in seeds], 0) for name in milestones([])]
-        right = [spread([m["accuracy"][split] for m in last], 3) for split in EXAMINED]
-        seen = [spread([m["lens"]["test_ood"][key] for m in last]) for key in ("any", "any_chance")]
-        yield [regime, len(seeds), *steps, *right, *seen]
+    """Milestones and last figures, a row a regime (Finding 1; paper, Figures 1 and 2)."""
+    shown = {"test_id": "ID", "test_ood_id": "OOD + ID", "test_id_ood": "ID + OOD",
+             "test_ood": "OOD"}
+    yield ["run", "seeds", *milestones([]), *shown.values(), "bridge on OOD (chance)"]
+    for name, seeds in groups.items():
+        last = [run.history[-1] for run in seeds]
+        steps = [spread([milestones(run.history)[what] for run in seeds], 0)
+                 for what in milestones([])]
+        right = [spread([m["accuracy"][split] for m in last]) for split in shown]
+        seen, chance = (np.mean([m["lens"]["test_ood"][key] for m in last])
+                        for key in ("any", "any_chance"))
+        yield [name, len(seeds), *steps, *right, f"{seen:.2f} ({chance:.2f})"]
 
 
 def paths_table(groups):
-    """The causal path of each model, stage and split, beside what the lens sees (Finding 1)."""
-    yield ["regime", "seed", "queries", "grokking", "n (swap)", "causal path: loops 1, 2, 3",
-           "lens: bridge at any site (chance)", "at the best fixed site",
-           "swap of the visible part redirects at most"]
-    for regime, seeds in groups.items():
-        for (_, paths, seed), split in itertools.product(seeds, EXAMINED):
-            for stage in paths:
-                lens, causal = paths[stage][split]["lens"], paths[stage][split]["causal"]
-                seen, chance = lens["bridge"], lens["bridge_chance"]
-                path = " → ".join(f"{carried} at {POSITIONS[position]} {share:.2f}"
-                                  for (_, position), carried, share in causal_path(causal))
-                visible = np.asarray(causal["swap_visible"]["redirected"])[:-1]
-                strongest = np.unravel_index(visible.argmax(), visible.shape)
-                yield [regime, seed, EXAMINED[split], stage, causal["swap"]["n"], path,
-                       f"{seen['any']:.2f} ({chance['any']:.2f})",
-                       f"{seen['best']:.2f} at {name_of(seen['best_site'])}",
-                       f"{visible.max():.2f} at {name_of(strongest)}"]
+    """The causal path, a row a regime, stage and split, beside what is seen (Findings 1 and 2)."""
+    yield ["run", "grokking", "queries", "causal path (loop, position)", "bridge used", "at",
+           "seen anywhere (chance)", "seen at best site", "probe", "visible part used"]
+    for name, seeds in groups.items():
+        for stage, split in itertools.product(("before", "after"), EXAMINED):
+            found = [run.paths[stage][split] for run in seeds if stage in run.paths]
+            if not found:
+                continue
+            each = lambda value: f"{np.mean([value(f) for f in found]):.2f}"
+            kinds = [" → ".join(f"{carried} at {name_of(site)}"
+                                for site, carried, _ in causal_path(f["causal"])) or "none"
+                     for f in found]
+            sites = [name_of(strongest(f["causal"]["swap_other_r2"]["redirected"])[1])
+                     for f in found]
+            count = lambda words: "; ".join(
+                word + (f" ({words.count(word)} of {len(words)})" if len(set(words)) > 1 else "")
+                for word in dict.fromkeys(words))
+            yield [name, stage, EXAMINED[split], count(kinds),
+                   spread([strongest(f["causal"]["swap_other_r2"]["redirected"])[0]
+                           for f in found]), count(sites),
+                   each(lambda f: f["lens"]["bridge"]["any"])
+                   + f" ({each(lambda f: f['lens']['bridge_chance']['any'])})",
+                   each(lambda f: f["lens"]["bridge"]["best"]),
+                   each(lambda f: np.max(f["probe"]["map"])),
+                   each(lambda f: strongest(f["causal"]["swap_visible"]["redirected"])[0])]
 
 
 def likeness_table(groups):
-    """How alike maps are: one model's before and after, beside two baselines (Finding 1)."""
-    yield ["regime", "map", "compared", "pairs", "alike", "sites shuffled"]
-    other = "another seed's"
-    for regime, seeds in groups.items():
-        for name, part, kind, share in (("swap", "causal", "swap", "redirected"),
-                                        ("lens", "lens", "bridge", "map")):
-            maps = [{f"{EXAMINED[split]} {stage}": paths[stage][split][part][kind][share]
-                     for stage in paths for split in EXAMINED} for _, paths, _ in seeds]
-            for one, two in (("ID before", "ID after"), ("ID after", "OOD after"),
-                             ("ID before", other), ("ID after", other)):
-                pairs = [(m[one], m[two]) for m in maps if one in m and two in m]
-                if two == other:
-                    pairs = list(itertools.combinations([m[one] for m in maps if one in m], 2))
-                if pairs:
-                    yield [regime, name, f"{one}, {two}", len(pairs),
-                           spread([alike(*pair) for pair in pairs]),
-                           f"{np.mean([alike_shuffled(*pair) for pair in pairs]):.2f}"]
+    """How alike swap maps are: of one model, of two seeds, of a regime and natural (Finding 1)."""
+    yield ["run", "ID before, ID after", "ID after, OOD after", "seeds, before", "seeds, after",
+           "natural's, after", "sites shuffled"]
+    maps = {name: [{f"{stage} {split}": run.paths[stage][split]["causal"]["swap"]["redirected"]
+                    for stage in run.paths for split in EXAMINED} for run in seeds]
+            for name, seeds in groups.items()}
+    for name, own in maps.items():
+        both = lambda one, two: [(m[one], m[two]) for m in own if one in m and two in m]
+        seeds = lambda kind: [*itertools.combinations([m[kind] for m in own if kind in m], 2)]
+        natural = name.split("/")[0] + "/natural"
+        others = itertools.product(own, maps.get(natural, []) if name != natural else [])
+        pairs = [both("before test_id", "after test_id"), both("after test_id", "after test_ood"),
+                 seeds("before test_id"), seeds("after test_id"),
+                 [(m["after test_id"], n["after test_id"]) for m, n in others]]
+        yield [name, *(spread([alike(*pair) for pair in p]) if p else "" for p in pairs),
+               f"{np.mean([alike_shuffled(*pair) for p in pairs for pair in p]):.2f}"]
 
 
-def tables(runs):
-    """Lines of the README's Markdown tables, from metrics.jsonl and paths.json of the runs."""
-    groups = by_regime(runs)
-    for head, *rows in (stages_table(groups), paths_table(groups), likeness_table(groups)):
-        yield ""
-        for row in (head, ["---"] * len(head), *rows):
-            yield "| " + " | ".join(map(str, row)) + " |"
+def tuned_table(groups):
+    """Fine-tuned runs (Finding 3; paper, Figure 4): exact match [Wilson, one seed's queries]."""
+    yield ["started from", "old facts kept", "k", "n", *ASKED.values(),
+           "bridge (chance): " + ", ".join(ASKED.values()), "old facts", "old ID compositions"]
+    for seeds in groups.values():
+        world, last = seeds[0].about["world"], [run.history[-1] for run in seeds]
+        right, sizes, seen = [], [], []
+        for split in ASKED:
+            mean, n = exact(seeds, split)
+            low, high = wilson(mean * n, n)
+            values = [m["accuracy"][split] for m in last]
+            right.append(f"{mean:.2f} [{low:.2f}, {high:.2f}] ({min(values):.2f} to "
+                         f"{max(values):.2f})")
+            sizes.append(n)
+            rate = [np.mean([m["lens"][split][key] for m in last]) for key in ("any", "any_chance")]
+            seen.append("{:.2f} ({:.2f})".format(*rate))
+        old = [spread([m["accuracy"][split] for m in last]) for split in ("old_atomic", "test_id")]
+        yield [start_of(seeds[0].about), f"{world['kept']:g}", world["new_k"],
+               ", ".join(map(str, sizes)), *right, ", ".join(seen), *old]
+
+
+def parts_of(groups):
+    """Groups whose paths were measured; those with an ingredient left out, after the full recipe
+    up to the same step; fine-tuned ones."""
+    tuned = {name: v for name, v in groups.items() if v[0].about["world"]["new_facts"]}
+    looked_into = {name: v for name, v in groups.items() if all(run.paths for run in v)}
+    less = {name: v for name, v in groups.items() if name not in {**tuned, **looked_into}}
+    if less and "tiny/natural" in groups:
+        last = max(run.history[-1]["step"] for seeds in less.values() for run in seeds)
+        until = lambda run: run._replace(history=[m for m in run.history if m["step"] <= last])
+        less = {f"tiny/natural until step {last}": [*map(until, groups["tiny/natural"])], **less}
+    return looked_into, less, tuned
+
+
+def tables(folders):
+    """Lines of the README's Markdown tables, from metrics.jsonl and paths.json of run folders."""
+    looked_into, less, tuned = parts_of(read_groups(folders))
+    for head, *rows in (stages_table(looked_into), paths_table(looked_into),
+                        likeness_table(looked_into), tuned_table(tuned), stages_table(less)):
+        if rows:
+            yield ""
+            for row in (head, ["---"] * len(head), *rows):
+                yield "| " + " | ".join(map(str, row)) + " |"
 
 
 # ---------------------------------------------------------------- the command line
@@ -406,11 +570,13 @@ def analyze_run(folder):
         models = {"before": load_run(folder, "before"), **models}
     paths = {stage: inference_path(*model) for stage, model in models.items()}
     write_text(folder / "paths.json", json.dumps(paths) + "\n")
-    plot_curves(folder)
-    name, shown = "{regime}, seed {model[seed]}".format(**about), "share of queries whose "
-    plot_maps(paths, LENS, f"{name}: {shown}top-1 token is the ...", folder / "lens.png")
-    plot_maps(paths, CAUSAL, f"{name}: {shown}answer is the predicted one", folder / "patching.png")
-    plot_maps(paths, SIDE_BY_SIDE, f"{name}: what is seen, and what is used", folder / "paths.png")
+    name, shown = "{preset}/{regime}, seed {model[seed]}".format(**about), "share of queries whose "
+    for part, columns, title in (
+            ("lens", LENS, f"{name}: {shown}top-1 token is the ..."),
+            ("patching", CAUSAL, f"{name}: {shown}answer is the predicted one"),
+            ("paths", SIDE_BY_SIDE, f"{name}: what is seen, and what is used")):
+        save_figure(plot_maps(paths, columns, title), folder / f"{part}.png")
+    save_figure(plot_curves(folder), folder / "curves.png")
     print(f"\n{folder}", *report(paths), *trace(*models["after"]), sep="\n", flush=True)
 
 
@@ -418,16 +584,20 @@ def main(argv=None):
     """Analyse runs, print their tables, draw their figures; exit status 0, or 2 for bad input."""
     parser = Parser(prog="analyze.py", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", type=Path, help="run folders (all under runs/shipped)")
-    shipped = sorted(path.parent for path in Path("runs/shipped").rglob("after.pt"))
+    shipped = sorted(path.parent for path in Path("runs/shipped").rglob("config.json"))
     try:
         runs = parser.parse(sys.argv[1:] if argv is None else argv)["runs"] or shipped
         if not runs:
             raise BadInput("runs/shipped: holds no trained run; name the folders of your own")
         for folder in runs:
-            analyze_run(folder)
+            if runs is not shipped or (folder / "after.pt").exists() and "tune" not in folder.parts:
+                analyze_run(folder)
         if runs is shipped:
+            looked_into, _, tuned = parts_of(read_groups(runs))
             Path("figures").mkdir(exist_ok=True)
-            plot_regimes(by_regime(runs), "figures/regimes.png")
+            save_figure(plot_regimes(looked_into), "figures/regimes.png")
+            save_figure(plot_bridges(looked_into), "figures/bridges.png")
+            save_figure(plot_tuned(tuned), "figures/tuned.png")
         print(*tables(runs), sep="\n")
     except (BadInput, OSError) as error:
         print(f"analyze.py: {error}", file=sys.stderr)

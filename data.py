@@ -85,6 +85,9 @@ class WorldConfig:
     ood_fraction: float = setting(0.125, 0.0, 1.0, "share of facts that are OOD")
     phi: float = setting(18.0, 0.0, 10**5, "training compositions per ID fact")
     data_seed: int = setting(0, 0, 2**63 - 1, "seed of graph and splits, apart from the model's")
+    new_facts: int = setting(0, 0, 10**7, "facts added for fine-tuning, in place of the OOD facts")
+    kept: float = setting(1.0, 0.0, 1.0, "share of the ID facts kept when fine-tuning")
+    new_k: int = setting(0, 0, 10**5, "compositions trained for each new fact, as second hop")
 
 
 # ---------------------------------------------------------------- the graph
@@ -190,11 +193,15 @@ def inject(first, second, ood_id, id_ood, ood_ood, regime, rng):
     for fact, rows, share in ((first, ood_id, share1), (second, id_ood, share2)):
         pool = np.unique(fact[ood_ood])                          # F1, F2
         chosen = rng.permutation(pool)[:round(share * len(pool))]
-        rows = rng.permutation(rows[np.isin(fact[rows], chosen)])
-        rows = rows[np.argsort(fact[rows], kind="stable")]       # one group a fact, each shuffled
-        rank = np.arange(len(rows)) - np.searchsorted(fact[rows], fact[rows])
-        injected.append(rows[rank < k])
+        injected.append(up_to_k(rows[np.isin(fact[rows], chosen)], fact, k, rng))
     return np.concatenate(injected)
+
+
+def up_to_k(rows, fact, k, rng):
+    """Up to k random ones of the rows that share a value of fact[row]."""
+    rows = rng.permutation(rows)
+    rows = rows[np.argsort(fact[rows], kind="stable")]           # one group a fact, each shuffled
+    return rows[np.arange(len(rows)) - np.searchsorted(fact[rows], fact[rows]) < k]
 
 
 def all_splits(world, first, second, rows):
@@ -207,6 +214,42 @@ def all_splits(world, first, second, rows):
     return {"id_atomic": queries(world, facts[~ood[facts]]),
             "ood_atomic": queries(world, facts[ood[facts]]),
             **{name: queries(world, first[r], second[r]) for name, r in rows.items()}}
+
+
+def add_facts(world, splits, config):
+    """(world, splits) for fine-tuning on new facts and kept old data (paper, Finding 3).
+
+    The world is made of the share `kept` of the ID facts and of `new_facts` others, with (h, r) not
+    used so far and random tails, which stand where the OOD facts stood: `test_ood_id` asks new +
+    old, `test_id_ood` old + new, `test_ood` new + new. Trained are all its facts, the old
+    compositions that remain, and up to `new_k` of old + new for each new fact. `old_atomic` and
+    `test_id` are the old world's, whole: what is forgotten.
+    """
+    rng, E, R = np.random.default_rng([config.data_seed, 2]), world.n_entities, world.n_relations
+    known, old = queries(world, world.facts), splits["id_atomic"]
+    free = np.ones((E, R), bool)
+    free[known.h, known.r1] = False
+    if config.new_facts > free.sum():
+        raise BadInput(f"new_facts = {config.new_facts}: must lie in [0, {free.sum()}], the pairs "
+                       "of head and relation without a fact")
+    h, r = rng.permutation(np.argwhere(free))[:config.new_facts].T
+    new = np.stack([h, r, rng.integers(0, E, len(h))], axis=1)
+    kept = old.take(rng.permutation(len(old.h))[:round(config.kept * len(old.h))])
+    world = world_from_facts(np.concatenate([np.stack([kept.h, kept.r1, kept.t], 1), new]),
+                             world.entity_names, world.relation_names)
+    world.is_ood.ravel()[world.find(h, r)] = True
+    first, second = compositions(world)
+    key = lambda asked: (asked.h * R + asked.r1) * R + asked.r2
+    old_rows = np.isin(key(queries(world, first, second)), key(splits["train_inferred"]))
+    ood = world.is_ood.ravel()
+    injected = up_to_k(np.flatnonzero(~ood[first] & ood[second]), second, config.new_k, rng)
+    rows = {"train_inferred": np.concatenate([np.flatnonzero(old_rows), injected]),
+            "test_ood": np.flatnonzero(ood[first] & ood[second])}
+    if not all(map(len, rows.values())):
+        raise BadInput(f"new_facts = {config.new_facts}, kept = {config.kept:g}: too few, no "
+                       "composition of two new facts or of two old ones is left")
+    return world, {**all_splits(world, first, second, rows), "test_id": splits["test_id"],
+                   "old_atomic": splits["id_atomic"]}
 
 
 # ---------------------------------------------------------------- own facts, the field's JSON
@@ -373,6 +416,8 @@ def main(argv=None):
     try:
         given = parser.parse(sys.argv[1:] if argv is None else argv)
         config = settings(WorldConfig, given)
+        if config.new_facts:
+            raise BadInput(f"new_facts = {config.new_facts}: must be 0 here, for grok.py adds them")
         world = make_world(config)
         write_json(world, make_splits(world, config, given["regime"]), given["export"])
     except BadInput as error:

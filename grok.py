@@ -4,7 +4,7 @@
 Worthwhile?", arXiv 2601.09049. Words used throughout:
 
     B  queries in a batch            h, r1, r2  head entity and the two relations of a query
-    T  token positions (4)           b, t       bridge entity; tail entity, the answer
+    T  token positions (3 or 4)      b, t       bridge entity; tail entity, the answer
     D  width of the model            state      what a loop hands to the next, (B, T, D)
     V  tokens of the vocabulary      site       (loop, position): where a state can be read
 """
@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -29,29 +30,32 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from data import (BadInput, make_splits, make_world, Parser, read_facts, read_json, read_text,
-                  REGIMES, setting, settings, SPLITS, WorldConfig)
+from data import (add_facts, BadInput, make_splits, make_world, Parser, read_facts, read_json,
+                  read_text, REGIMES, setting, settings, WorldConfig)
 
-LAYOUTS = ("bidirectional", "causal")
-LENGTH = 4  # h r1 r2 and one blank; an atomic query is h r and two blanks
+LENGTH = {"causal": 3, "bidirectional": 4}  # h r1 r2; bidirectional: and a blank for the answer
+INGREDIENTS = ("restart", "bare_mlp", "unit_vectors", "fixed_scale")  # what Config.without drops
 
 
 @dataclass(frozen=True)
 class Config:
     """The model and its training. Wang et al. train the ordinary transformer, `shared` False."""
-    layout: str = setting("bidirectional", None, None, "what attention sees", LAYOUTS)
+    layout: str = setting("causal", None, None, "what attention sees; bidirectional: the paper's",
+                          tuple(LENGTH))
     shared: bool = setting(True, None, None, "one block for all loops; false: one block a loop")
-    d_model: int = setting(96, 4, 2**14, "width D")
-    n_heads: int = setting(2, 1, 2**7, "attention heads")
+    without: str = setting("nothing", None, None, f"leave out {' or '.join(INGREDIENTS)}",
+                           ("nothing", *INGREDIENTS))
+    d_model: int = setting(64, 4, 2**14, "width D")
+    n_heads: int = setting(1, 1, 2**7, "attention heads")
     n_loops: int = setting(4, 1, 2**7, "passes through the block")
-    logit_scale: float = setting(0.6, 1e-6, 1e6, "logits = scale * sqrt(D) * cosine, not learned")
+    logit_scale: float = setting(0.8, 1e-6, 1e6, "logits = scale * sqrt(D) * cosine, not learned")
     lr: float = setting(4e-3, 0.0, 10.0, "AdamW step size, constant after the warm-up")
     weight_decay: float = setting(0.3, 0.0, 1e3, "AdamW weight decay, on every parameter")
     batch_size: int = setting(256, 1, 2**20, "queries a step")
-    steps: int = setting(9000, 1, 10**9, "training steps")
+    steps: int = setting(7000, 1, 10**9, "training steps")
     warmup: int = setting(200, 0, 10**9, "steps of linear warm-up")
     ema: float = setting(0.995, 0.0, 1.0, "decay of the averaged weights that are evaluated")
-    atomic_share: float = setting(0.5, 0.0, 1.0, "share of a batch that is atomic facts")
+    atomic_share: float = setting(0.4, 0.0, 1.0, "share of a batch that is atomic facts")
     min_loops: int = setting(2, 1, 2**7, "the answer is trained after this loop and every later")
     eval_every: int = setting(100, 1, 10**9, "steps between evaluations")
     seed: int = setting(0, 0, 2**63 - 1, "seed of initialisation and batches")
@@ -59,10 +63,14 @@ class Config:
 
 PRESETS = {  # name: (what it is for, world settings, model settings)
     "tiny": ("minutes on two CPU cores", {}, {}),
+    "bidirectional": ("the paper's layout, which takes longer", {},
+                      dict(layout="bidirectional", d_model=96, n_heads=2, logit_scale=0.6,
+                           atomic_share=0.5, steps=9000)),
+    "tune": ("new facts for a model of preset tiny, named by --start",
+             dict(new_facts=140, kept=0.21), dict(lr=2e-3, steps=2000)),
     "smoke": ("seconds, for the tests",
               dict(n_entities=12, n_relations=8, out_degree=6, ood_fraction=0.2, phi=4.0),
-              dict(d_model=32, n_heads=1, n_loops=3, batch_size=64, steps=200, warmup=20,
-                   eval_every=50)),
+              dict(d_model=32, n_loops=3, batch_size=64, steps=200, warmup=20, eval_every=50)),
     "paper": ("the paper's world, for one GPU",
               dict(n_entities=2000, n_relations=200, out_degree=20, ood_fraction=0.05, phi=18.0),
               dict(d_model=512, n_heads=8, batch_size=2048, lr=1e-3, steps=40000, warmup=1000,
@@ -98,15 +106,16 @@ def attend(q, k, v, causal):
 class Block(nn.Module):
     """Attention over the state, then a gated MLP on (input + what was attended).
 
-    Two departures from the usual block (README): the residual adds the *input* embedding instead of
-    the state, so every loop looks at the question afresh, and the MLP has no residual around it, so
-    the old state is passed on through attention only.
+    Two departures from the usual block, each with a row in the README: the residual restarts from
+    the *input* embedding, so every loop looks at the question afresh, and the MLP is bare, without
+    a residual around it, so the old state is passed on through attention only.
     """
 
     def __init__(self, config):
         super().__init__()
         D, hidden = config.d_model, 8 * config.d_model // 3
         self.n_heads, self.causal = config.n_heads, config.layout == "causal"
+        self.without = config.without
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.out = nn.Linear(D, D, bias=False)
         self.gate_up = nn.Linear(D, 2 * hidden, bias=False)
@@ -120,8 +129,10 @@ class Block(nn.Module):
         positions = torch.arange(T, device=x.device)
         mixed = attend(rotate(q, positions), rotate(k, positions), v, self.causal)
         mixed = mixed.transpose(1, 2).reshape(B, T, D)                          # heads side by side
-        gate, up = self.gate_up(rms_norm(x + self.out(mixed))).chunk(2, dim=-1)
-        return rms_norm(self.down(F.silu(gate) * up))
+        found = rms_norm((state if self.without == "restart" else x) + self.out(mixed))
+        gate, up = self.gate_up(found).chunk(2, dim=-1)
+        new = self.down(F.silu(gate) * up)
+        return rms_norm(found + new if self.without == "bare_mlp" else new)
 
 
 class LoopedTransformer(nn.Module):
@@ -136,6 +147,14 @@ class LoopedTransformer(nn.Module):
         for name, weight in self.named_parameters():
             fan_in = 1 if name == "embedding" else weight.shape[1]
             nn.init.normal_(weight, std=fan_in ** -0.5)
+        self.scale = config.logit_scale
+        if config.without == "fixed_scale":
+            self.scale = nn.Parameter(torch.tensor(config.logit_scale))
+
+    def vectors(self):
+        """The vectors (V, D) of all tokens, the same for reading and for answering."""
+        normal = self.config.without != "unit_vectors"
+        return rms_norm(self.embedding) if normal else self.embedding
 
     def forward(self, tokens, n_loops=None, edit=None):
         """tokens (B, T) -> logits (B, V) at each query's answer position.
@@ -143,7 +162,7 @@ class LoopedTransformer(nn.Module):
         `edit(loop, state) -> state` is called after every loop with the state (B, T, D): the one
         hook behind the logit lens and all activation patching.
         """
-        x = state = rms_norm(self.embedding)[tokens]                            # (B, T, D)
+        x = state = self.vectors()[tokens]                                      # (B, T, D)
         for loop in range(n_loops or self.config.n_loops):
             # the sharing: every pass goes through the same block
             block = self.blocks[0 if self.config.shared else loop]
@@ -159,14 +178,13 @@ class LoopedTransformer(nn.Module):
 
     def unembed(self, state):
         """Logits (..., V) of any state (..., D): scaled cosines with the token embeddings."""
-        return self.config.logit_scale / math.sqrt(self.config.d_model) * (
-            state @ rms_norm(self.embedding).T)
+        return self.scale / math.sqrt(self.config.d_model) * (state @ self.vectors().T)
 
 
-def to_tokens(queries, world):
+def to_tokens(queries, world, layout):
     """Queries -> tokens (N, T), answers (N,): entity e is e, relation r is E + r, blank E + R."""
     E, blank = world.n_entities, world.n_entities + world.n_relations
-    tokens = np.full((len(queries.h), LENGTH), blank)
+    tokens = np.full((len(queries.h), LENGTH[layout]), blank)
     tokens[:, 0], tokens[:, 1] = queries.h, E + queries.r1
     tokens[:, 2] = np.where(queries.r2 >= 0, E + queries.r2, blank)
     return torch.from_numpy(tokens), torch.from_numpy(np.asarray(queries.t))
@@ -201,27 +219,28 @@ def evaluate(model, exams):
     for split, (tokens, answers, bridges) in exams.items():
         if len(tokens):
             accuracy[split] = (model(tokens).argmax(-1) == answers).float().mean().item()
-        if split in ("test_id", "test_ood"):
-            lens[split] = bridge_rates(model, tokens, bridges)
+            if split.startswith("test"):
+                lens[split] = bridge_rates(model, tokens, bridges)
     return {"accuracy": accuracy, "lens": lens}
 
 
-def make_exams(splits, world, device, most=500):
+def make_exams(splits, world, layout, device, most=500):
     """Up to `most` random queries of each split: {split: (tokens, answers, bridges)}."""
     rng = np.random.default_rng(0)
     exams = {}
-    for name in SPLITS:
+    for name in splits:
         chosen = splits[name].take(rng.permutation(len(splits[name].h))[:most])
-        exam = *to_tokens(chosen, world), torch.from_numpy(chosen.b)
+        exam = *to_tokens(chosen, world, layout), torch.from_numpy(chosen.b)
         exams[name] = tuple(column.to(device) for column in exam)
     return exams
 
 
 # ---------------------------------------------------------------- training
 
-def training_rows(splits, world, device):
+def training_rows(splits, world, layout, device):
     """All training rows, atomic facts first: tokens (N, T), answers (N,), number of facts."""
-    parts = [to_tokens(splits[s], world) for s in ("id_atomic", "ood_atomic", "train_inferred")]
+    names = "id_atomic", "ood_atomic", "train_inferred"
+    parts = [to_tokens(splits[name], world, layout) for name in names]
     tokens, answers = (torch.cat(column).to(device) for column in zip(*parts))
     return tokens, answers, len(parts[0][0]) + len(parts[1][0])
 
@@ -264,8 +283,9 @@ class Trainer:
             self.model.parameters(), lr=config.lr, betas=(0.9, 0.98),
             weight_decay=config.weight_decay, fused=device.type != "mps")
         self.generator = torch.Generator(device).manual_seed(config.seed)
-        self.tokens, self.answers, self.n_facts = training_rows(splits, world, device)
-        self.exams = make_exams(splits, world, device)
+        self.tokens, self.answers, self.n_facts = training_rows(splits, world, config.layout,
+                                                                device)
+        self.exams = make_exams(splits, world, config.layout, device)
         self.losses = torch.zeros(config.eval_every, device=device)
         rows = torch.cat([self.tokens, self.answers[:, None]], 1).cpu().numpy().tobytes()
         self.made_of = hashlib.sha256(repr(config).encode() + rows).hexdigest()
@@ -394,13 +414,16 @@ def load_run(folder, weights="after"):
 
 
 def build_data(config, regime, source=None):
-    """(world, splits): made from the settings, or from the --data or --facts of config.json."""
+    """(world, splits) made from the settings or read from the --data or --facts of config.json,
+    with new facts if there are any to add."""
     if source and digest(source["path"]) != source["sha256"]:
         raise BadInput(f"{source['path']}: has changed since the run began")
     if source and source["kind"] == "data":
-        return read_json(source["path"])
-    world = read_facts(source["path"], config) if source else make_world(config)
-    return world, make_splits(world, config, regime)
+        world, splits = read_json(source["path"])
+    else:
+        world = read_facts(source["path"], config) if source else make_world(config)
+        splits = make_splits(world, config, regime)
+    return add_facts(world, splits, config) if config.new_facts else (world, splits)
 
 
 def digest(path):
@@ -420,6 +443,10 @@ def train(folder, about, world, splits):
     """
     config, interrupts = settings(Config, about["model"]), []
     trainer = Trainer(config, world, splits, torch.device(about["device"]))
+    if "start" in about:
+        with opened(Path(about["start"]["path"]) / "after.pt") as saved:
+            for model in trainer.model, trainer.average:
+                model.load_state_dict({name: w.float() for name, w in saved["weights"].items()})
     resume(trainer, folder, about)
     usual = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
     try:
@@ -434,7 +461,7 @@ def train(folder, about, world, splits):
         save(trainer, folder)
         if trainer.step == config.steps:
             save_weights(trainer, folder / "after.pt")
-            plot_curves(folder)
+            save_figure(plot_curves(folder), folder / "curves.png")
     finally:
         signal.signal(signal.SIGINT, usual)
     return trainer
@@ -444,6 +471,7 @@ def resume(trainer, folder, about):
     """Load last.pt if there is one; refuse a folder that holds a run of other settings."""
     if (folder / "config.json").exists():
         parts = lambda a: {"data": a.get("source", {"sha256": ""})["sha256"], "regime": a["regime"],
+                           "start": a.get("start", {"sha256": ""})["sha256"],
                            "world": json.dumps(a["world"]), "model": json.dumps(a["model"])}
         with opened(folder / "config.json") as found:
             other = [name for name in parts(about) if parts(about)[name] != parts(found)[name]]
@@ -477,7 +505,7 @@ def milestones(history):
 
 
 def plot_curves(folder):
-    """Draw curves.png, the three stages (paper, Figure 2), from a run folder's files."""
+    """A figure of the three stages (paper, Figure 2), from a run folder's files."""
     about, history = read_run(folder)
     rows = [{**line["accuracy"], **line["lens"]["test_ood"]} for line in history]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -497,10 +525,100 @@ def plot_curves(folder):
             axes.axvline(step, color="0.6", lw=0.8)
             axes.text(step, height, f"{what}: {step}", ha="center", va="bottom", fontsize=7)
     axes.set(xlabel="training step", ylabel="share of queries")
-    title = "{regime}, {model[layout]}, seed {model[seed]}".format(**about)
+    title = "{preset}/{regime}, {model[layout]}, seed {model[seed]}".format(**about)
     axes.set_title(title, loc="left", fontsize=9, pad=26)
     axes.legend(fontsize=7, loc="upper left")
-    figure.savefig(Path(folder) / "curves.png", dpi=130, metadata={"Software": None})
+    return figure
+
+
+def save_figure(figure, path):
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+# ---------------------------------------------------------------- how fast
+BENCH_SECONDS = 20
+
+class PlainLoop(nn.Module):
+    """What a user would otherwise write: PyTorch's own encoder layer, as wide, looped as often."""
+
+    def __init__(self, config, n_tokens):
+        super().__init__()
+        D = config.d_model
+        self.embedding, self.n_loops = nn.Embedding(n_tokens, D), config.n_loops
+        self.layer = nn.TransformerEncoderLayer(D, config.n_heads, 4 * D, dropout=0.0,
+                                                batch_first=True)
+        self.head = nn.Linear(D, n_tokens)
+
+    def forward(self, tokens):
+        state = self.embedding(tokens)
+        for _ in range(self.n_loops):
+            state = self.layer(state)
+        return self.head(state[:, -1])
+
+
+def plain_steps(trainer):
+    """Yields after every step of a PlainLoop trained on the same rows with a DataLoader."""
+    device = trainer.tokens.device
+    model = PlainLoop(trainer.config, trainer.model.blank + 1).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=trainer.config.lr)
+    rows = torch.utils.data.TensorDataset(trainer.tokens.cpu(), trainer.answers.cpu())
+    while True:
+        for tokens, answers in torch.utils.data.DataLoader(rows, trainer.config.batch_size,
+                                                           shuffle=True, drop_last=True):
+            loss = F.cross_entropy(model(tokens.to(device)), answers.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield
+
+
+def matrix_products(trainer):
+    """Yields after the matrix products alone of one training step, forward and backward."""
+    config, device = trainer.config, trainer.tokens.device
+    D, hidden = config.d_model, 8 * config.d_model // 3
+    B, T = config.batch_size, LENGTH[config.layout]
+    heads, d = B * config.n_heads, D // config.n_heads
+    graded = config.n_loops - min(config.min_loops, config.n_loops) + 1
+    dense = [(B * T, D, 3 * D), (B * T, D, D), (B * T, D, 2 * hidden), (B * T, hidden, D)]
+    attention = [(heads, T, d, T), (heads, T, T, d)]
+    shapes = config.n_loops * ([(1, *shape) for shape in dense] + attention)
+    shapes += graded * [(1, B, D, trainer.model.blank + 1)]
+    made = {s: [torch.randn(s[0], *size, device=device) for size in
+                ((s[1], s[2]), (s[2], s[3]), (s[1], s[3]))] for s in set(shapes)}
+    while True:
+        for shape in shapes:
+            x, weight, gradient = made[shape]
+            x @ weight, gradient @ weight.mT, x.mT @ gradient
+        yield
+
+
+def bench(given):
+    """Time the training step, its matrix products alone, and a plain PyTorch loop; returns 0.
+
+    The three take turns, so that a drifting machine is the same for all; medians are printed.
+    """
+    about = describe(given, pick_device(given["device"]))
+    config, device = settings(Config, about["model"]), torch.device(about["device"])
+    trainer = Trainer(config, *build_data(settings(WorldConfig, about["world"]), about["regime"]),
+                      device)
+    kinds = {"ours": iter(trainer.train_step, 0), "matmul": matrix_products(trainer),
+             "plain": plain_steps(trainer)}
+    seconds = {name: [] for name in kinds}
+    began = time.perf_counter()
+    while len(seconds["ours"]) < 10 or time.perf_counter() < began + BENCH_SECONDS:
+        for name, steps in kinds.items():
+            start = time.perf_counter()
+            next(steps)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    median = {name: sorted(times[3:])[len(times[3:]) // 2] for name, times in seconds.items()}
+    for name, took in median.items():
+        print(f"{about['preset']:<14} {device.type:<5} {name:<7} {1 / took:9.1f} steps/s  "
+              f"{config.batch_size / took:10.0f} sequences/s")
+    print(f"over_matmul={median['ours'] / median['matmul']:.2f} "
+          f"over_plain={median['plain'] / median['ours']:.2f}")
+    return 0
 
 
 # ---------------------------------------------------------------- the command line
@@ -509,6 +627,8 @@ def main(argv=None):
     """Run the command line; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     try:
         given = make_parser().parse(sys.argv[1:] if argv is None else argv)
+        if given["bench"]:
+            return bench(given)
         return train_all(given) if given["all"] else train_one(given)
     except KeyboardInterrupt:
         print("grok.py: stopped; the same command goes on", file=sys.stderr)
@@ -533,7 +653,10 @@ def make_parser():
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
     parser.add_argument("--out", type=Path, help="the run's folder (ROOT/PRESET/REGIME/seedK)")
     parser.add_argument("--root", type=Path, default="runs", help="where runs lie (runs)")
-    parser.add_argument("--all", action="store_true", help="all regimes, `shared` false, 3 seeds")
+    parser.add_argument("--start", help="a run's folder: start from its after.pt (preset tune)")
+    parser.add_argument("--all", action="store_true", help="every run of the README, done ones "
+                                                           "skipped, broken ones resumed")
+    parser.add_argument("--bench", action="store_true", help="time the training step")
     parser.add_argument("--data", help="a data set to train on: a folder that data.py --export or "
                                        "the public GrokkedTransformer code wrote")
     parser.add_argument("--facts", help="your own: lines of head, relation, tail, tab-separated")
@@ -558,31 +681,51 @@ def train_one(given):
     return 0
 
 
-def train_all(given):
-    """Every regime and the ordinary transformer, seeds 0, 1, 2: one run a core or a GPU at a time.
+def every_run(root):
+    """Options of every run of the README, seeds 0, 1, 2; what starts from a run comes after it."""
+    regimes = [f"--regime={regime}" for regime in REGIMES]
+    tune = "--preset=tune --start={root}/tiny/{regime}/seed{seed}"
+    kinds = (
+        [*regimes, "--shared=false"]                                         # Findings 1 and 2
+        + ["--preset=tune"] + [tune.replace("{regime}", regime) for regime in REGIMES]  # Finding 3
+        + [tune.replace("{regime}", "natural") + f" --kept=1 --new-k={k}" for k in (0, 1, 2, 4, 8)]
+        + [f"--preset=bidirectional {regime}" for regime in (regimes[0], regimes[1], regimes[4])]
+        + [f"--steps=3000 {change}" for change in (                              # ingredients
+            *(f"--without={name}" for name in INGREDIENTS),
+            "--min-loops=4", "--ema=0", "--atomic-share=0", "--weight-decay=0")])
+    return [kind.format(root=shlex.quote(str(root)), seed=seed) + f" --seed={seed}"
+            for kind in kinds for seed in (0, 1, 2)]
 
-    Done ones are skipped, broken ones resumed. SLURM arrays and torchrun divide them.
+
+def train_all(given):
+    """Run `every_run`, one a core or a GPU at a time, those that start from another one last.
+
+    SLURM arrays and torchrun divide the list: by seed, if the number of tasks divides 3.
     """
-    if given["data"] or given["facts"]:
-        raise BadInput("all: trains on worlds made here; leave out --data and --facts")
+    usual = make_parser().parse([])
+    other = [name for name in given if name not in ("all", "root", "device")
+             and given[name] != usual[name]]
+    if other:
+        raise BadInput(f"{other[0]} = {given[other[0]]}: --all takes --root and --device alone")
     number = lambda name, default: int(os.environ.get(name, default))
     rank = number("SLURM_ARRAY_TASK_ID", number("RANK", 0)) - number("SLURM_ARRAY_TASK_MIN", 0)
-    kinds = [f"--regime={regime}" for regime in REGIMES] + ["--shared=false"]
-    runs = [f"{kind} --seed={seed}" for seed in (0, 1, 2) for kind in kinds]
+    runs = every_run(given["root"])
     runs = runs[rank::number("SLURM_ARRAY_TASK_COUNT", number("WORLD_SIZE", 1))]
-    common = [f"--{name}={value}" for name, value in given.items()
-              if value is not None and name not in ("all", "regime", "seed", "shared", "out")]
+    where = [f"--root={given['root']}", f"--device={given['device']}"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    call = lambda run: subprocess.run([sys.executable, __file__, *run.split(), *common],
+    call = lambda run: subprocess.run([sys.executable, __file__, *shlex.split(run), *where],
                                       env=one_thread, capture_output=True, text=True)
     workers = os.cpu_count() if pick_device(given["device"]).type == "cpu" else 1
-    began, worst = time.perf_counter(), 0
+    began, done, worst = time.perf_counter(), 0, 0
     with ThreadPoolExecutor(workers) as pool:
-        for done, (run, result) in enumerate(zip(runs, pool.map(call, runs)), 1):
-            left = (time.perf_counter() - began) / done * (len(runs) - done) / 60
-            said = ["", *result.stdout.splitlines(), *result.stderr.splitlines()][-1]
-            print(f"{done}/{len(runs)} {run}: {said}; about {left:.0f} minutes left", flush=True)
-            worst = max(worst, abs(result.returncode))
+        for part in ([run for run in runs if ("--start" in run) == late] for late in (False, True)):
+            for run, result in zip(part, pool.map(call, part)):
+                done += 1
+                left = (time.perf_counter() - began) / done * (len(runs) - done) / 60
+                said = ["", *result.stdout.splitlines(), *result.stderr.splitlines()][-1]
+                print(f"{done}/{len(runs)} {run}: {said}; about {left:.0f} minutes left",
+                      flush=True)
+                worst = max(worst, abs(result.returncode))
     return worst
 
 
@@ -606,12 +749,33 @@ def describe(given, device):
     model = settings(Config, {**model, **chosen})
     if model.d_model % (2 * model.n_heads):
         raise BadInput(f"n_heads = {model.n_heads}: twice it must divide d_model = {model.d_model}")
-    source = {"source": {"kind": kind, "path": chosen[kind], "sha256": digest(chosen[kind])}
-              for kind in ("data", "facts") if kind in chosen}
-    return {"preset": given["preset"], "regime": given["regime"], **source,
-            "world": asdict(settings(WorldConfig, {**world, **chosen})), "model": asdict(model),
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                         "numpy": np.__version__}, "device": device.type}
+    world = settings(WorldConfig, {**world, **chosen})
+    about = {"preset": given["preset"], "regime": given["regime"], "world": asdict(world),
+             "model": asdict(model), "device": device.type,
+             "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                          "numpy": np.__version__}}
+    for kind in ("data", "facts"):
+        if kind in chosen:
+            if world.new_facts:
+                raise BadInput(f"new_facts = {world.new_facts}: needs a world made here; leave out "
+                               f"--{kind}")
+            about["source"] = {"kind": kind, "path": chosen[kind], "sha256": digest(chosen[kind])}
+    if given["start"]:
+        check_start(read_run(given["start"])[0], about)
+        about["start"] = {"path": given["start"],
+                          "sha256": digest(Path(given["start"], "after.pt"))}
+    return about
+
+
+def check_start(start, about):
+    """Refuse to start from another kind of model, or in another world, its new facts apart."""
+    shape = {"layout", "shared", "without", "d_model", "n_heads", "n_loops"}
+    graph = set(start["world"]) - {"new_facts", "kept", "new_k"}
+    for part, names in (("world", graph), ("model", shape)):
+        for name in sorted(names):
+            if about[part][name] != start[part][name]:
+                raise BadInput(f"{name} = {about[part][name]}: must be {start[part][name]}, as in "
+                               "the run to start from")
 
 
 def fit_settings(given, about, world, splits):
@@ -635,6 +799,8 @@ def default_folder(given, about):
     name = about["regime"]
     if "source" in about:
         name += f",{about['source']['kind']}={Path(about['source']['path']).stem}"
+    if "start" in about:
+        name += f",start={Path(about['start']['path']).absolute().parent.name}"
     for key, value in usual.items():
         if key != "seed" and given[key] not in (None, value):
             name += f",{key}={given[key]}"
