@@ -308,26 +308,36 @@ def plot_regimes(groups):
 
 
 def plot_bridges(groups):
-    """Bars a regime, for OOD queries after training (Finding 2): answered, and the bridge seen by
-    the lens, read by a probe, used by the model (swap_other_r2); a dot a seed."""
-    parts = (("answered rightly", "#D55E00", lambda run: run.history[-1]["accuracy"]["test_ood"]),
+    """Bars a regime, for OOD queries before and after grokking (Finding 2): answered, and the
+    bridge seen by the lens, read by a probe, used by the model (swap_other_r2; of those answered
+    rightly); a dot a seed."""
+    def answered(run, stage):
+        fitted = milestones(run.history)["train >= .99"]
+        last = run.history[-1] if stage == "after" else next(
+            line for line in run.history if line["step"] == fitted)
+        return last["accuracy"]["test_ood"]
+    look = lambda run, stage: run.paths[stage]["test_ood"]
+    parts = (("answered rightly", "#D55E00", answered),
              ("bridge seen: lens, best site", "#009E73",
-              lambda run: run.paths["after"]["test_ood"]["lens"]["bridge"]["best"]),
+              lambda *at: look(*at)["lens"]["bridge"]["best"]),
              ("bridge present: linear probe, best site", "#56B4E9",
-              lambda run: np.max(run.paths["after"]["test_ood"]["probe"]["map"])),
+              lambda *at: np.max(look(*at)["probe"]["map"])),
              ("bridge used: its swap redirects the answer", "#0072B2",
-              lambda run: strongest(after(run)["swap_other_r2"]["redirected"])[0]))
-    figure = Figure((1.15 * len(groups) + 1, 3.8), layout="constrained")
-    axes = figure.subplots()
-    for i, (label, color, value) in enumerate(parts):
-        place = np.arange(len(groups)) + (i - 1.5) * 0.2
-        found = [[value(run) for run in seeds] for seeds in groups.values()]
-        axes.bar(place, [np.mean(v) for v in found], 0.18, color=color, alpha=0.6, label=label)
-        for x, v in zip(place, found):
-            axes.plot([x] * len(v), v, ".", color=color, ms=5)
-    axes.set_xticks(range(len(groups)), [name.replace("/", "\n") for name in groups], fontsize=7)
-    axes.set(ylabel="share of OOD queries", ylim=(0, 1.02))
-    figure.legend(fontsize=7, ncols=2, loc="outside lower center")
+              lambda *at: strongest(look(*at)["causal"]["swap_other_r2"]["redirected"])[0]))
+    figure = Figure((1.1 * len(groups) + 1, 5), layout="constrained")
+    for axes, stage in zip(figure.subplots(2, 1, sharex=True), ("before", "after")):
+        for i, (label, color, value) in enumerate(parts):
+            for place, seeds in enumerate(groups.values(), 1):
+                found = [value(run, stage) for run in seeds if stage in run.paths]
+                x = place + (i - 1.5) * 0.2
+                axes.bar(x, np.mean(found) if found else 0, 0.18, color=color, alpha=0.6,
+                         label=label if place == 1 else None)
+                axes.plot([x] * len(found), found, ".", color=color, ms=5)
+        axes.set(ylabel=f"share of OOD queries,\n{stage} grokking", ylim=(0, 1.03))
+    axes.set_xticks(range(1, len(groups) + 1), [name.replace("/", "\n") for name in groups],
+                    fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=7, ncols=2,
+                  loc="outside lower center")
     return figure
 
 
@@ -357,7 +367,7 @@ def plot_tuned(groups):
                     axes.bar(place, mean, 0.22, **draw)
                 else:
                     axes.errorbar(place, mean, marker="o", **draw)
-    names = [start_of(v[0].about) for v in starts.values()]
+    names = [start_of(v[0].about).replace("/", "\n") for v in starts.values()]
     left.set_xticks(np.arange(len(starts)) + 0.25, names, fontsize=7)
     left.set(ylabel="exact match", ylim=(0, 1.05), xlabel="fine-tuned from (share of old facts "
              f"kept: {min([v[0].about['world']['kept'] for v in starts.values()], default=1):g})")
@@ -428,14 +438,9 @@ def read_groups(folders):
     return dict(sorted(groups.items(), key=rank))
 
 
-def after(run):
-    """The patch maps of OOD queries at the end of a run."""
-    return run.paths["after"]["test_ood"]["causal"]
-
-
 def start_of(about):
-    """The regime a fine-tuned run started from."""
-    return Path(about["start"]["path"]).parent.name if "start" in about else "scratch"
+    """The preset/regime a fine-tuned run started from."""
+    return "/".join(Path(about["start"]["path"]).parts[-3:-1]) if "start" in about else "scratch"
 
 
 def exact(seeds, split):

@@ -67,7 +67,7 @@ PRESETS = {  # name: (what it is for, world settings, model settings)
                       dict(layout="bidirectional", d_model=96, n_heads=2, logit_scale=0.6,
                            atomic_share=0.5, steps=9000)),
     "tune": ("new facts for a model of preset tiny, named by --start",
-             dict(new_facts=140, kept=0.21), dict(lr=2e-3, steps=2000)),
+             dict(new_facts=140, kept=0.21), dict(lr=2e-3, steps=500, eval_every=50)),
     "smoke": ("seconds, for the tests",
               dict(n_entities=12, n_relations=8, out_degree=6, ood_fraction=0.2, phi=4.0),
               dict(d_model=32, n_loops=3, batch_size=64, steps=200, warmup=20, eval_every=50)),
@@ -685,14 +685,18 @@ def every_run(root):
     """Options of every run of the README, seeds 0, 1, 2; what starts from a run comes after it."""
     regimes = [f"--regime={regime}" for regime in REGIMES]
     tune = "--preset=tune --start={root}/tiny/{regime}/seed{seed}"
+    tune_paper = ("--preset=tune --start={root}/bidirectional/natural/seed{seed} "
+                  "--layout=bidirectional --d-model=96 --n-heads=2 --logit-scale=0.6")
     kinds = (
         [*regimes, "--shared=false"]                                         # Findings 1 and 2
         + ["--preset=tune"] + [tune.replace("{regime}", regime) for regime in REGIMES]  # Finding 3
         + [tune.replace("{regime}", "natural") + f" --kept=1 --new-k={k}" for k in (0, 1, 2, 4, 8)]
         + [f"--preset=bidirectional {regime}" for regime in (regimes[0], regimes[1], regimes[4])]
+        + [tune_paper]
         + [f"--steps=3000 {change}" for change in (                              # ingredients
             *(f"--without={name}" for name in INGREDIENTS),
-            "--min-loops=4", "--ema=0", "--atomic-share=0", "--weight-decay=0")])
+            "--min-loops=4", "--ema=0", "--atomic-share=0", "--weight-decay=0",
+            "--shared=false --min-loops=4")])
     return [kind.format(root=shlex.quote(str(root)), seed=seed) + f" --seed={seed}"
             for kind in kinds for seed in (0, 1, 2)]
 
