@@ -56,7 +56,8 @@ def lens_rates(top, wanted):
 
 
 def lens(model, world, asked):
-    """lens_rates of bridge and target for Queries, each with its chance level (another query's)."""
+    """lens_rates of bridge and target for Queries, each with its chance level: that of the query
+    before it, so the Queries must come in random order."""
     tokens, answers = to_tokens(asked, world, model.config.layout)
     top, bridges = logit_lens(model, tokens), torch.from_numpy(asked.b)
     return {"n": len(tokens),

@@ -4,6 +4,7 @@ Every answer is checked against an independent one: a walk over the graph, PyTor
 a slow re-statement of a rule, or a number worked out by hand.
 """
 import ast
+import copy
 import dataclasses
 import errno
 import functools
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shlex
 import shutil
 import signal
@@ -25,6 +27,8 @@ from pathlib import Path
 
 import hypothesis
 import matplotlib.image
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -1834,6 +1838,44 @@ def test_donors_obey_their_rules(table):
     assert (predicted == walk).all() and (predicted != donor.t).all()
 
 
+def test_probe_reads_the_bridge_where_the_known_circuit_carries_it(table):
+    """Everywhere at r1, in every loop; hardly from the head, which goes to many bridges."""
+    model, world, asked = table
+    found = np.array(analyze.probe(model, world, asked.take(slice(0, None, 2)),
+                                   asked.take(slice(1, None, 2))))
+    assert found.shape == (3, LENGTH[model.config.layout])
+    assert np.all(found[:, 1] == 1) and np.all(found[:, 0] < 0.5)
+
+
+def test_probe_is_ridge_regression(small):
+    """NumPy's least squares on the states, with the ridge as extra rows, says the same."""
+    model, world, asked = small
+    half = len(asked.h) // 2
+    known, other = asked.take(slice(half)), asked.take(slice(half, 2 * half))
+    x, y = (np.stack([state.numpy() for state in run_states(model, to_tokens(
+        part, world, model.config.layout)[0])]) for part in (known, other))
+    found = np.zeros((len(x), x.shape[2]))
+    for loop, position in np.ndindex(*found.shape):
+        with_one = lambda states: np.append(states[loop, :, position], np.ones((half, 1)), 1)
+        rows = np.append(with_one(x), np.eye(x.shape[-1] + 1), axis=0)
+        wanted = np.append(np.eye(world.n_entities)[known.b],
+                           np.zeros((x.shape[-1] + 1, world.n_entities)), axis=0)
+        weights = np.linalg.lstsq(rows, wanted, rcond=None)[0]
+        found[loop, position] = np.mean((with_one(y) @ weights).argmax(1) == other.b)
+    assert np.allclose(analyze.probe(model, world, known, other), found, atol=1.5 / half)
+
+
+def test_the_causal_path_is_that_of_the_known_circuit(table):
+    """The bridge at r1 after loop 1, then the answer; a site that moves nothing is left out."""
+    model, world, asked = table
+    maps = analyze.causal(model, world, asked)
+    last = LENGTH[model.config.layout] - 1
+    assert analyze.causal_path(maps) == [((0, 1), "b", 1.0), ((1, last), "t", 1.0)]
+    assert analyze.strongest(maps["swap_other_r2"]["redirected"]) == (1.0, BRIDGE_READ)
+    maps["swap"]["redirected"][1][last] = 0.1
+    assert [site for site, *_ in analyze.causal_path(maps)] == [(0, 1)]
+
+
 def test_without_a_right_answer_there_is_nothing_to_patch(table):
     """n = 0 and the widest interval, not a crash, where the model answers nothing rightly."""
     model, world, asked = table
@@ -1994,6 +2036,41 @@ def test_the_tables_of_the_readme_are_made_from_the_shipped_runs():
         assert line in readme
 
 
+def test_groups_of_runs_are_in_the_order_of_the_readme_and_hold_every_seed():
+    groups = analyze.read_groups(SHIPPED)
+    assert list(groups)[:2] == ["tiny/natural", "tiny/natural,atomic_share=0.0,steps=3000"]
+    for seeds in groups.values():
+        assert [run.about["model"]["seed"] for run in seeds] == [0, 1, 2]
+    looked_into, less, tuned = analyze.parts_of(groups)
+    assert set(looked_into) | set(less) | set(tuned) == set(groups) | {
+        "tiny/natural until step 3000"}
+    assert all(name.startswith("tune/") for name in tuned)
+    assert [run.history[-1]["step"] for run in less["tiny/natural until step 3000"]] == [3000] * 3
+
+
+def test_the_table_of_new_facts_is_of_the_last_evaluation():
+    """Means, sizes and Wilson intervals of one group, worked out from its metrics by hand."""
+    name = "tune/natural"
+    seeds = analyze.read_groups(SHIPPED)[name]
+    head, row = analyze.tuned_table({name: seeds})
+    right = [run.history[-1]["accuracy"]["test_ood_id"] for run in seeds]
+    mean, (low, high) = np.mean(right), analyze.wilson(np.mean(right) * 500, 500)
+    assert row[:4] == ["scratch", "0.21", 0, "500, 500, 500"]
+    assert row[4] == (f"{mean:.2f} [{low:.2f}, {high:.2f}] ({min(right):.2f} to {max(right):.2f})")
+    assert analyze.exact(seeds, "test_ood_id") == (pytest.approx(mean), 500)
+
+
+def test_every_figure_is_drawn_from_the_shipped_runs(tmp_path):
+    looked_into, _, tuned = analyze.parts_of(analyze.read_groups(SHIPPED))
+    draw = {analyze.plot_regimes: looked_into, analyze.plot_bridges: looked_into,
+            analyze.plot_tuned: tuned}
+    for i, figure in enumerate(plot(groups) for plot, groups in draw.items()):
+        grok.save_figure(figure, tmp_path / f"{i}.png")
+        pixels = matplotlib.image.imread(tmp_path / f"{i}.png")
+        assert 0.01 < np.mean(pixels[..., :3].min(-1) < 0.9) < 0.9
+        assert all(axes.get_ylabel() or axes.get_shared_y_axes() for axes in figure.axes)
+
+
 def test_nothing_but_numpy_torch_and_matplotlib_is_imported_at_run_time():
     allowed = {"numpy", "torch", "matplotlib", "data", "grok", *sys.stdlib_module_names}
     for name in ("data.py", "grok.py", "analyze.py"):
@@ -2003,3 +2080,131 @@ def test_nothing_but_numpy_torch_and_matplotlib_is_imported_at_run_time():
                  if isinstance(node, ast.Import)}
         names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
         assert {module.split(".")[0] for module in names} <= allowed
+
+
+def test_what_the_readme_says_of_seen_and_used_holds_in_every_seed():
+    """Its paragraph "What is seen is not what is used", from the measured maps."""
+    paths = {preset: [json.loads((run / "paths.json").read_text()) for run in SHIPPED
+                      if run.parts[-3:-1] == (preset, "natural")]
+             for preset in ("tiny", "bidirectional")}
+    seen = lambda path, site: path["lens"]["bridge"]["map"][site[0]][site[1]]
+    used = lambda path, site, kind="swap": path["causal"][kind]["redirected"][site[0]][site[1]]
+    assert [len(found) for found in paths.values()] == [3, 3]
+    for path in paths["tiny"]:                                      # when, and in which form
+        for split in path["after"].values():
+            assert all(seen(split, (loop, 1)) >= 0.98 for loop in range(4))
+            assert used(split, (2, 1)) >= 0.98
+            assert all(used(split, (loop, 1)) < 0.05 for loop in (0, 1, 3))
+        ood = path["before"]["test_ood"]
+        assert used(ood, (2, 1)) > 0.895 and used(ood, (2, 1), "swap_visible") <= 0.345
+        assert used(path["after"]["test_ood"], (2, 1), "swap_visible") >= 0.97
+    for path in paths["bidirectional"]:                             # whether
+        before, after = path["before"]["test_id"], path["after"]["test_id"]
+        assert seen(before, (1, 0)) >= 0.98 and used(before, (1, 0)) <= 0.07
+        assert used(after, (1, 0)) >= 0.96
+
+
+# ---------------------------------------------------------------- the tutorial
+
+NOTEBOOK = nbformat.read(Path(__file__).with_name("tutorial.ipynb"), as_version=4)
+CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+tagged = lambda cell, tag: tag in cell.metadata.get("tags", ())
+
+
+def printed(cell):
+    """What a cell printed or showed as text, without pictures."""
+    shown = [out.get("text") or out["data"].get("text/markdown", "") for out in cell.outputs
+             if out.get("name") != "stderr"]
+    return "\n".join(line.rstrip() for line in "".join(shown).splitlines())
+
+
+def apart(text):
+    """(text without its numbers, the numbers): another machine may round the last digit apart."""
+    number = r"\d+(?:\.\d+)?"
+    return re.sub(number, "#", text), [float(found) for found in re.findall(number, text)]
+
+
+def with_solutions(notebook):
+    """The notebook and, after every check, its folded solution and the same check again."""
+    cells = []
+    for i, cell in enumerate(notebook.cells):
+        cells.append(copy.deepcopy(cell))
+        if tagged(cell, "check"):
+            assert tagged(notebook.cells[i + 1], "solution")
+            solution, = re.findall("```python\n(.*?)```", notebook.cells[i + 1].source, re.DOTALL)
+            cells += [nbformat.v4.new_code_cell(source, metadata={"tags": ["added"]})
+                      for source in (solution, cell.source)]
+    return nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
+
+
+@pytest.fixture(scope="module")
+def executed():
+    """One run of the whole notebook, training cell included, solutions beside the stubs."""
+    notebook = with_solutions(NOTEBOOK)
+    where = {"metadata": {"path": str(Path(__file__).parent)}}
+    began = time.perf_counter()
+    nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources=where).execute()
+    notebook.metadata["seconds"] = time.perf_counter() - began
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_notebook_runs_and_prints_what_is_committed(executed):
+    """No cell fails; every number is the committed one, but for cells that train ("varies")."""
+    fresh = [cell for cell in executed if not tagged(cell, "added")]
+    assert [cell.source for cell in fresh] == [cell.source for cell in CODE]
+    for cell, committed in zip(fresh, CODE):
+        if not tagged(cell, "varies"):
+            (words, numbers), (other, wanted) = map(apart, (printed(cell), printed(committed)))
+            assert words == other, cell.source
+            assert numbers == pytest.approx(wanted, abs=0.011), cell.source
+
+
+def test_notebook_exercises_can_be_failed_and_solved(executed):
+    """An untouched stub is "not yet"; the folded solution is "right"."""
+    checks = [i for i, cell in enumerate(executed) if tagged(cell, "check")]
+    assert len(checks) >= 8
+    for i in checks:
+        assert tagged(executed[i - 1], "stub") and executed[i].source == executed[i + 2].source
+        assert printed(executed[i]).startswith("not yet: "), executed[i].source
+        assert printed(executed[i + 2]).split("\n")[0] == "right", executed[i + 1].source
+
+
+def test_notebook_committed_outputs_come_from_one_clean_run():
+    assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
+    for cell in CODE:
+        for out in cell.outputs:
+            assert out.output_type != "error" and out.get("name") != "stderr", cell.source
+
+
+def test_notebook_trains_a_model_live():
+    train, = [cell for cell in CODE if "train_step" in cell.source]
+    steps = [float(words[-1]) for words in map(str.split, printed(train).splitlines())]
+    assert tagged(train, "varies") and "assert right" in train.source
+    assert CODE.index(train) < len(CODE) / 4 and steps[-1] > steps[0]  # OOD answers begin to rise
+
+
+def test_notebook_is_small_and_says_nothing_of_a_machine():
+    text = nbformat.writes(NOTEBOOK)
+    assert len(text) < 2_000_000
+    plain = re.sub('"image/png": "[^"]*"', "", text)
+    assert not re.findall(r"/(?:work|tmp|root|home|Users|content)\b", plain)
+    assert "TODO" not in text and not re.search(r"it/s|\d%\|", plain)  # no progress bar
+
+
+def test_notebook_is_short_prose_and_short_cells():
+    prose = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown"]
+    words = re.sub(r"```.*?```|<[^>]+>|https?://\S+", " ", "\n".join(prose), flags=re.DOTALL)
+    assert len(re.findall(r"[A-Za-z0-9][\w'’-]*", words)) < 4000
+    assert 1.5 <= len(prose) / len(CODE) <= 3
+    for cell in CODE:
+        lines = cell.source.splitlines()
+        assert len(lines) <= 12 and max(map(len, lines)) <= 100, cell.source
+
+
+def test_notebook_defines_nothing_that_the_modules_have():
+    """It imports data, grok and analyze; no function of theirs is written again."""
+    theirs = {name for module in (data, grok, analyze) for name in vars(module)}
+    for cell in CODE:
+        tree = ast.parse(cell.source.replace("%matplotlib inline", ""))
+        assert not theirs & {node.name for node in ast.walk(tree)
+                             if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
