@@ -440,8 +440,10 @@ def read_groups(folders):
 
 
 def start_of(about):
-    """The preset/regime a fine-tuned run started from."""
-    return "/".join(Path(about["start"]["path"]).parts[-3:-1]) if "start" in about else "scratch"
+    """The preset/regime a fine-tuned run started from, or scratch."""
+    if "start" in about:
+        return "/".join(Path(about["start"]["path"]).parts[-3:-1])
+    return "scratch" if about["model"]["layout"] == "causal" else "bidirectional/scratch"
 
 
 def exact(seeds, split):

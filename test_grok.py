@@ -1989,14 +1989,25 @@ WEIGHTS = [folder for folder in SHIPPED if (folder / "after.pt").exists()]
 
 @pytest.mark.parametrize("folder", WEIGHTS, ids=lambda f: "/".join(f.parts[-3:]))
 def test_shipped_weights_have_the_accuracy_of_their_metrics(folder):
-    """Half precision costs at most one query a split."""
-    about, history = grok.read_run(folder)
-    model, world, splits = grok.load_run(folder, "after")
-    exams = grok.make_exams(splits, world, model.config.layout, CPU)
-    for split, right in grok.evaluate(model, exams)["accuracy"].items():
-        one = 1 / len(exams[split][0])
-        assert right == pytest.approx(history[-1]["accuracy"][split], abs=one + 1e-6)
-    assert history[-1]["step"] == about["model"]["steps"]
+    """Before and after grokking; another machine may round one query of a split apart."""
+    _, history = grok.read_run(folder)
+    for file in sorted(folder.glob("[ab]*.pt")):
+        model, world, splits = grok.load_run(folder, file.stem)
+        step = torch.load(file, weights_only=True)["step"]
+        measured = next(line["accuracy"] for line in history if line["step"] == step)
+        exams = grok.make_exams(splits, world, model.config.layout, CPU)
+        for split, right in grok.evaluate(model, exams)["accuracy"].items():
+            assert right == pytest.approx(measured[split], abs=1 / len(exams[split][0]) + 1e-6)
+
+
+def test_weights_are_halved_only_where_that_changes_no_accuracy(tmp_path):
+    trainer = Trainer(settings(Config, PRESETS["smoke"][2]), *smoke_data(), CPU)
+    trainer.measure()
+    for change, kind in ((0.0, torch.float16), (0.01, torch.float32)):
+        trainer.history[-1]["accuracy"]["test_ood"] += change
+        grok.save_weights(trainer, tmp_path / "some.pt")
+        saved = torch.load(tmp_path / "some.pt", weights_only=True)["weights"]
+        assert {weight.dtype for weight in saved.values()} == {kind}
 
 
 def test_the_default_run_starts_as_shipped(tmp_path):
@@ -2038,7 +2049,7 @@ def test_the_tables_of_the_readme_are_made_from_the_shipped_runs():
 
 def test_groups_of_runs_are_in_the_order_of_the_readme_and_hold_every_seed():
     groups = analyze.read_groups(SHIPPED)
-    assert list(groups)[:2] == ["tiny/natural", "tiny/natural,atomic_share=0.0,steps=3000"]
+    assert list(groups)[0] == "tiny/natural" and list(groups)[-1].startswith("tune")
     for seeds in groups.values():
         assert [run.about["model"]["seed"] for run in seeds] == [0, 1, 2]
     looked_into, less, tuned = analyze.parts_of(groups)
