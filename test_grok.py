@@ -869,6 +869,7 @@ def test_the_weights_saved_are_the_averaged_ones(tmp_path):
     trainer = make_trainer()
     for _ in range(5):
         trainer.train_step()
+    trainer.measure()
     grok.save_weights(trainer, tmp_path / "after.pt")
     saved = torch.load(tmp_path / "after.pt", weights_only=True)["weights"]
     near = lambda a, b: torch.allclose(a.float(), b, rtol=1e-3, atol=1e-6)
