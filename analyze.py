@@ -18,8 +18,8 @@ import torch
 from matplotlib.figure import Figure
 
 from data import BadInput, Parser, REGIMES, WorldConfig
-from grok import (build_data, load_run, make_exams, milestones, plot_curves, PRESETS, read_run,
-                  run_states, save_figure, to_tokens, write_text)
+from grok import (build_data, Config, load_run, LoopedTransformer, make_exams, milestones,
+                  plot_curves, PRESETS, read_run, run_states, save_figure, to_tokens, write_text)
 
 POSITIONS = ("h", "r1", "r2", "answer")
 OUTCOMES = ("redirected", "changed", "unchanged")
@@ -546,24 +546,43 @@ def tuned_table(groups):
                ", ".join(map(str, sizes)), *right, ", ".join(seen), *old]
 
 
+def growth_table(groups):
+    """Time to fit and to grok against the number of entities, and what a step takes."""
+    yield ["entities", "regime", "D", "parameters", "facts", "seeds", "steps", "ms a step",
+           *milestones([]), "OOD"]
+    by_size = lambda seeds: (seeds[0].about["world"]["n_entities"], len(seeds[0].history))
+    for seeds in sorted(groups.values(), key=by_size):
+        world, config = (seeds[0].about[part] for part in ("world", "model"))
+        model = LoopedTransformer(Config(**config), world["n_entities"], world["n_relations"])
+        last = [run.history[-1] for run in seeds]
+        yield [world["n_entities"], seeds[0].about["regime"], config["d_model"],
+               sum(weight.numel() for weight in model.parameters()),
+               world["n_entities"] * world["out_degree"], len(seeds), last[0]["step"],
+               spread([1000 * m["seconds"] / m["step"] for m in last], 0),
+               *(spread([milestones(run.history)[what] for run in seeds], 0)
+                 for what in milestones([])), spread([m["accuracy"]["test_ood"] for m in last])]
+
+
 def parts_of(groups):
     """Groups whose paths were measured; those with an ingredient left out, after the full recipe
-    up to the same step; fine-tuned ones."""
+    up to the same step; fine-tuned ones; larger worlds."""
     tuned = {name: v for name, v in groups.items() if v[0].about["world"]["new_facts"]}
+    larger = {name: v for name, v in groups.items() if v[0].about["preset"] == "growth"}
     looked_into = {name: v for name, v in groups.items() if all(run.paths for run in v)}
-    less = {name: v for name, v in groups.items() if name not in {**tuned, **looked_into}}
+    less = {name: v for name, v in groups.items() if name not in {**tuned, **larger, **looked_into}}
     if less and "tiny/natural" in groups:
         last = max(run.history[-1]["step"] for seeds in less.values() for run in seeds)
         until = lambda run: run._replace(history=[m for m in run.history if m["step"] <= last])
         less = {f"tiny/natural until step {last}": [*map(until, groups["tiny/natural"])], **less}
-    return looked_into, less, tuned
+    return looked_into, less, tuned, larger
 
 
 def tables(folders):
     """Lines of the README's Markdown tables, from metrics.jsonl and paths.json of run folders."""
-    looked_into, less, tuned = parts_of(read_groups(folders))
+    looked_into, less, tuned, larger = parts_of(read_groups(folders))
     for head, *rows in (stages_table(looked_into), paths_table(looked_into),
-                        likeness_table(looked_into), tuned_table(tuned), stages_table(less)):
+                        likeness_table(looked_into), tuned_table(tuned), stages_table(less),
+                        growth_table(larger)):
         if rows:
             yield ""
             for row in (head, ["---"] * len(head), *rows):
@@ -601,7 +620,7 @@ def main(argv=None):
             if runs is not shipped or (folder / "after.pt").exists() and "tune" not in folder.parts:
                 analyze_run(folder)
         if runs is shipped:
-            looked_into, _, tuned = parts_of(read_groups(runs))
+            looked_into, _, tuned, _ = parts_of(read_groups(runs))
             Path("figures").mkdir(exist_ok=True)
             save_figure(plot_regimes(looked_into), "figures/regimes.png")
             save_figure(plot_bridges(looked_into), "figures/bridges.png")

@@ -22,7 +22,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,7 @@ class Config:
     ema: float = setting(0.995, 0.0, 1.0, "decay of the averaged weights that are evaluated")
     atomic_share: float = setting(0.4, 0.0, 1.0, "share of a batch that is atomic facts")
     min_loops: int = setting(2, 1, 2**7, "the answer is trained after this loop and every later")
+    bf16: bool = setting(False, None, None, "train with matrix products in bfloat16")
     eval_every: int = setting(100, 1, 10**9, "steps between evaluations")
     seed: int = setting(0, 0, 2**63 - 1, "seed of initialisation and batches")
 
@@ -72,10 +73,13 @@ PRESETS = {  # name: (what it is for, world settings, model settings)
     "smoke": ("seconds, for the tests",
               dict(n_entities=12, n_relations=8, out_degree=6, ood_fraction=0.2, phi=4.0),
               dict(d_model=32, n_loops=3, batch_size=64, steps=200, warmup=20, eval_every=50)),
+    "growth": ("a larger world; see the README for still larger ones", dict(n_entities=100),
+               dict(d_model=192, n_heads=2, logit_scale=0.65, lr=2.7e-3, weight_decay=0.18,
+                    atomic_share=0.6, bf16=True, steps=5000, eval_every=200)),
     "paper": ("the paper's world, for one GPU",
               dict(n_entities=2000, n_relations=200, out_degree=20, ood_fraction=0.05, phi=18.0),
-              dict(d_model=512, n_heads=8, batch_size=2048, lr=1e-3, steps=40000, warmup=1000,
-                   eval_every=500)),
+              dict(d_model=512, n_heads=8, logit_scale=0.4, atomic_share=0.6, bf16=True,
+                   batch_size=2048, lr=1e-3, steps=40000, warmup=1000, eval_every=500)),
 }
 
 
@@ -270,12 +274,22 @@ def loss_of(model, tokens, answers):
     return torch.stack(losses).mean()
 
 
+def capture(work, generator):
+    """`work` recorded as a CUDA graph: one launch replays its hundreds of kernels."""
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
 class Trainer:
     """All that changes in a run: weights, their average, optimiser, draws, what was measured."""
 
     def __init__(self, config, world, splits, device):
         torch.manual_seed(config.seed)
         self.config, self.step, self.history = config, 0, []
+        self.replay, self.alike = None, 0  # the captured step, and how many were alike so far
         sizes = world.n_entities, world.n_relations
         self.model = LoopedTransformer(config, *sizes).to(device)
         self.average = LoopedTransformer(config, *sizes).to(device).requires_grad_(False)
@@ -293,21 +307,34 @@ class Trainer:
         self.began = time.perf_counter()
 
     def train_step(self):
-        """One batch: forward, backward, AdamW, moving average. Leaves the loss on the device."""
+        """One batch. Leaves the loss on the device; the host does not wait for it."""
+        config = self.config
+        lr = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup))
+        self.decay = min(config.ema, (self.step + 1) / (self.step + 11))
+        self.alike += lr == config.lr and self.decay == config.ema
+        recording = self.alike == 4 and self.tokens.is_cuda  # three as usual make the moments
+        for group in self.optimizer.param_groups:
+            group.update(lr=lr, capturable=recording)
+        if recording:
+            self.replay = capture(self.learn, self.generator)
+        (self.replay or self.learn)()
+        self.losses[self.step % config.eval_every] = self.loss
+        self.step += 1
+
+    def learn(self):
+        """Draw, forward, backward, AdamW, moving average. Nothing here waits for the device, or
+        changes between steps once lr and decay are at their limits: a CUDA graph can replay it."""
         config = self.config
         rows = draw(config, self.n_facts, len(self.tokens), self.generator)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup))
-        loss = loss_of(self.model, self.tokens[rows], self.answers[rows])
+        with torch.autocast(self.tokens.device.type, torch.bfloat16, enabled=config.bf16):
+            loss = loss_of(self.model, self.tokens[rows], self.answers[rows])
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.losses[self.step % config.eval_every] = loss.detach()
-        self.step += 1
-        decay = min(config.ema, self.step / (self.step + 10))
+        self.loss = loss.detach()
         with torch.no_grad():
             for mean, weight in zip(self.average.parameters(), self.model.parameters()):
-                mean.lerp_(weight, 1 - decay)
+                mean.lerp_(weight, 1 - self.decay)
 
     def recent_losses(self):
         """Losses since the last evaluation, (n,). Raises BadInput if one is not finite."""
@@ -335,6 +362,7 @@ class Trainer:
         if saved["made_of"] != self.made_of:
             raise ValueError("other settings or other data")
         self.step, self.history = saved["step"], saved["history"]
+        self.replay, self.alike = None, 0
         self.began -= self.history[-1]["seconds"] if self.history else 0.0
         self.losses.copy_(saved["losses"])
         self.model.load_state_dict(saved["model"])
@@ -580,7 +608,7 @@ def plain_steps(trainer):
 
 
 def matrix_products(trainer):
-    """Yields after the matrix products alone of one training step, forward and backward."""
+    """A function that does the matrix products alone of one training step, forward and backward."""
     config, device = trainer.config, trainer.tokens.device
     D, hidden = config.d_model, 8 * config.d_model // 3
     B, T = config.batch_size, LENGTH[config.layout]
@@ -590,13 +618,16 @@ def matrix_products(trainer):
     attention = [(heads, T, d, T), (heads, T, T, d)]
     shapes = config.n_loops * ([(1, *shape) for shape in dense] + attention)
     shapes += graded * [(1, B, D, trainer.model.blank + 1)]
-    made = {s: [torch.randn(s[0], *size, device=device) for size in
+    kind = dict(device=device, dtype=torch.bfloat16 if config.bf16 else torch.float32)
+    made = {s: [torch.randn(s[0], *size, **kind) for size in
                 ((s[1], s[2]), (s[2], s[3]), (s[1], s[3]))] for s in set(shapes)}
-    while True:
+
+    def multiply():
         for shape in shapes:
             x, weight, gradient = made[shape]
             x @ weight, gradient @ weight.mT, x.mT @ gradient
-        yield
+    multiply()
+    return capture(multiply, trainer.generator) if device.type == "cuda" else multiply
 
 
 def bench(given):
@@ -606,20 +637,22 @@ def bench(given):
     """
     about = describe(given, pick_device(given["device"]))
     config, device = settings(Config, about["model"]), torch.device(about["device"])
+    config = replace(config, warmup=0, ema=0.0)  # as fast, and alike from the first step on
     trainer = Trainer(config, *build_data(settings(WorldConfig, about["world"]), about["regime"]),
                       device)
-    kinds = {"ours": iter(trainer.train_step, 0), "matmul": matrix_products(trainer),
-             "plain": plain_steps(trainer)}
+    plain = plain_steps(trainer)
+    kinds = {"ours": trainer.train_step, "matmul": matrix_products(trainer),
+             "plain": lambda: next(plain)}
     seconds = {name: [] for name in kinds}
     began = time.perf_counter()
-    while len(seconds["ours"]) < 10 or time.perf_counter() < began + BENCH_SECONDS:
-        for name, steps in kinds.items():
+    while len(seconds["ours"]) < 15 or time.perf_counter() < began + BENCH_SECONDS:
+        for name, step in kinds.items():
             start = time.perf_counter()
-            next(steps)
+            step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-    median = {name: sorted(times[3:])[len(times[3:]) // 2] for name, times in seconds.items()}
+    median = {name: sorted(times[5:])[len(times[5:]) // 2] for name, times in seconds.items()}
     for name, took in median.items():
         print(f"{about['preset']:<14} {device.type:<5} {name:<7} {1 / took:9.1f} steps/s  "
               f"{config.batch_size / took:10.0f} sequences/s")
@@ -693,6 +726,9 @@ def every_run(root):
     regimes = [f"--regime={regime}" for regime in REGIMES]
     tune = "--preset=tune --start={root}/tiny/{regime}/seed{seed}"
     tune_paper = "--preset=tune --layout=bidirectional --d-model=96 --n-heads=2 --logit-scale=0.6"
+    larger = "--preset=growth --n-entities="
+    sizes = {50: "--weight-decay=0.24", 100: "",
+             200: "--d-model=192 --logit-scale=0.65 --lr=0.0027 --weight-decay=0.09"}
     kinds = (
         [*regimes, "--shared=false"]                                         # Findings 1 and 2
         + ["--preset=tune"] + [tune.replace("{regime}", regime) for regime in REGIMES]  # Finding 3
@@ -708,7 +744,7 @@ def every_run(root):
 
 
 def train_all(given):
-    """Run `every_run`, one a core or a GPU at a time, those that start from another one last.
+    """Run `every_run`, each in its own process, those that start from another one last.
 
     SLURM arrays and torchrun divide the list: by seed, if the number of tasks divides 3.
     """
@@ -725,9 +761,8 @@ def train_all(given):
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     call = lambda run: subprocess.run([sys.executable, __file__, *shlex.split(run), *where],
                                       env=one_thread, capture_output=True, text=True)
-    workers = os.cpu_count() if pick_device(given["device"]).type == "cpu" else 1
     began, done, worst = time.perf_counter(), 0, 0
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(at_once(pick_device(given["device"]).type)) as pool:
         for part in ([run for run in runs if ("--start" in run) == late] for late in (False, True)):
             for run, result in zip(part, pool.map(call, part)):
                 done += 1
@@ -737,6 +772,13 @@ def train_all(given):
                       flush=True)
                 worst = max(worst, abs(result.returncode))
     return worst
+
+
+def at_once(device):
+    """How many runs share a machine: one a core; on a GPU, too, but at most one a free GiB."""
+    if device == "cuda":
+        return max(1, min(os.cpu_count(), torch.cuda.mem_get_info()[0] // 2**30))
+    return os.cpu_count() if device == "cpu" else 1
 
 
 def pick_device(name):

@@ -34,6 +34,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import analyze
 import data
@@ -839,6 +841,89 @@ def test_train_step_is_adamw_with_a_moving_average():
             torch.testing.assert_close(list(found.parameters()), expected, rtol=1e-9, atol=1e-9)
 
 
+class Recorder(TorchDispatchMode):
+    """Notes every tensor operation of the work in its `with`, as a CUDA graph would.
+
+    `replay` does them again without the Python that led to them: what an operation made is made
+    anew, all other tensors are those of the first time.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        made = {}  # id of a tensor made while recording -> its successor
+        new = lambda x: made.get(id(x), x) if isinstance(x, torch.Tensor) else x
+        for function, args, kwargs, result in self.calls:
+            again = function(*tree_map(new, args), **tree_map(new, kwargs))
+            for before, after in zip(tree_leaves(result), tree_leaves(again)):
+                if isinstance(before, torch.Tensor):
+                    made[id(before)] = after
+        return made
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_step_replayed_without_its_python_trains_as_the_step_does(bf16):
+    """What a CUDA graph needs: no wait for a value, nothing that changes from step to step."""
+    usual, replayed = (make_trainer(bf16=bf16, ema=0.2, batch_size=64) for _ in range(2))
+    recorder = Recorder()
+
+    def record():
+        with recorder:
+            replayed.learn()
+        first = replayed.loss
+        replayed.replay = lambda: setattr(replayed, "loss", recorder.replay()[id(first)])
+
+    for step in range(12):
+        if step == 5:  # past the warm-up
+            replayed.replay = record
+        usual.train_step(), replayed.train_step()
+        assert usual.loss == replayed.loss and usual.losses.equal(replayed.losses)
+    waits = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
+    assert not waits & {function.overloadpacket.__name__ for function, *_ in recorder.calls}
+    for one, two in ((usual.model, replayed.model), (usual.average, replayed.average)):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+
+
+@pytest.mark.parametrize("bf16, kind", [(False, torch.float32), (True, torch.bfloat16)])
+def test_bf16_is_for_the_matrix_products_of_training_alone(bf16, kind):
+    trainer = make_trainer(bf16=bf16)
+    for work, expected in ((trainer.train_step, kind), (trainer.measure, torch.float32)):
+        with Recorder() as recorder:
+            work()
+        products = [args for function, args, *_ in recorder.calls
+                    if function.overloadpacket.__name__ in ("mm", "bmm")]
+        assert {x.dtype for args in products for x in args} == {expected}
+    assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("warmup, ema, first", [(4, 0.2, 7), (0, 0.9, 93), (0, 0.0, 4)])
+def test_the_step_is_captured_once_on_cuda_when_lr_and_decay_stay(warmup, ema, first, monkeypatch):
+    trainer = make_trainer(warmup=warmup, ema=ema)
+    captured, rows = [], trainer.tokens
+    monkeypatch.setattr(grok, "capture", lambda work, _: captured.append(trainer.step) or work)
+    for _ in range(first + 2):
+        trainer.train_step()
+    assert captured == []  # not on a CPU
+    again = make_trainer(warmup=warmup, ema=ema)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: x is again.tokens))
+    nothing = lambda: None
+    monkeypatch.setattr(grok, "capture", lambda work, _: captured.append(again.step) or nothing)
+    for _ in range(first + 2):
+        again.train_step()
+    assert captured == [first - 1]
+    again.load_state_dict(trainer.state_dict())
+    for _ in range(5):
+        again.train_step()
+    assert captured == [first - 1, first + 5]
+
+
 @pytest.mark.parametrize("warmup, rates", [(4, [0.25, 0.5, 0.75, 1, 1]), (0, [1] * 5)])
 def test_the_learning_rate_rises_linearly_then_stays(warmup, rates):
     trainer, found = make_trainer(warmup=warmup), []
@@ -1094,6 +1179,14 @@ def test_all_divides_every_run_among_the_tasks_of_an_array(tmp_path, monkeypatch
     assert capsys.readouterr().out.count(": done; about") == len(commands)
 
 
+@pytest.mark.parametrize("device, free, runs", [("cpu", 0, 6), ("mps", 0, 1), ("cuda", 80, 6),
+                                                ("cuda", 4.5, 4), ("cuda", 0.5, 1)])
+def test_runs_share_the_cores_and_the_memory_of_a_gpu(device, free, runs, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 2**30), 80 * 2**30))
+    assert grok.at_once(device) == runs
+
+
 def test_bench_compares_the_step_with_its_matrix_products_and_a_plain_loop(monkeypatch, capsys):
     """The ratios printed are those of the medians printed, and all three kinds do work."""
     monkeypatch.setattr(grok, "BENCH_SECONDS", 0)
@@ -1114,11 +1207,25 @@ def test_the_matrix_products_of_the_bench_are_those_of_the_step():
         config = Config(**{**PRESETS["smoke"][2], "layout": layout})
         trainer = Trainer(config, *smoke_data(), CPU)
         counts = []
-        for work in (trainer.train_step, lambda: next(grok.matrix_products(trainer))):
+        for work in (trainer.train_step, grok.matrix_products(trainer)):
             with FlopCounterMode(display=False) as counter:
                 work()
             counts.append(counter.get_total_flops())
         assert counts[1] == pytest.approx(counts[0], rel=0.05)  # no gradient of the first input
+
+
+def test_a_step_of_the_paper_preset_takes_less_than_two_gigabytes():
+    """Python, data, weights, moments and activations together: the peak of a fresh process."""
+    pytest.importorskip("resource", reason="Windows cannot say")
+    code = """if True:
+        import resource, torch, data, grok
+        _, world, model = grok.PRESETS["paper"]
+        made = grok.build_data(data.settings(data.WorldConfig, world), "both_full")
+        config = data.settings(grok.Config, model)
+        grok.Trainer(config, *made, torch.device("cpu")).train_step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert int(said.stdout) * (1 if sys.platform == "darwin" else 1024) < 2e9, said.stderr
 
 
 def test_help_lists_every_setting_with_its_default(capsys):
@@ -1963,14 +2070,15 @@ def test_other_devices_compute_and_train_like_the_cpu(device):
     except BadInput as reason:
         pytest.skip(str(reason))
     _, world, model = PRESETS["smoke"]
-    config = settings(Config, model)
+    config = settings(Config, {**model, "ema": 0.5})  # at its limit from step 10 on
     world, splits = build_data(settings(WorldConfig, world), "natural")
     here, there = (Trainer(config, world, splits, torch.device(d)) for d in ("cpu", device))
     there.model.load_state_dict(here.model.state_dict())
     tokens, _ = to_tokens(splits["test_id"], world, config.layout)
     assert torch.allclose(there.model(tokens.to(device)).cpu(), here.model(tokens), atol=1e-4)
-    for _ in range(50):
+    for _ in range(50):  # on CUDA the last of them replay a graph
         there.train_step()
+    assert (there.replay is not None) == (device == "cuda")
     first = there.measure()["loss"]
     other = Trainer(config, world, splits, torch.device(device))
     other.load_state_dict(there.state_dict())
@@ -2053,8 +2161,8 @@ def test_groups_of_runs_are_in_the_order_of_the_readme_and_hold_every_seed():
     assert list(groups)[0] == "tiny/natural" and list(groups)[-1].startswith("tune")
     for seeds in groups.values():
         assert [run.about["model"]["seed"] for run in seeds] == [0, 1, 2]
-    looked_into, less, tuned = analyze.parts_of(groups)
-    assert set(looked_into) | set(less) | set(tuned) == set(groups) | {
+    looked_into, less, tuned, larger = analyze.parts_of(groups)
+    assert set(looked_into) | set(less) | set(tuned) | set(larger) == set(groups) | {
         "tiny/natural until step 3000"}
     assert all(name.startswith("tune/") for name in tuned)
     assert [run.history[-1]["step"] for run in less["tiny/natural until step 3000"]] == [3000] * 3
@@ -2073,7 +2181,7 @@ def test_the_table_of_new_facts_is_of_the_last_evaluation():
 
 
 def test_every_figure_is_drawn_from_the_shipped_runs(tmp_path):
-    looked_into, _, tuned = analyze.parts_of(analyze.read_groups(SHIPPED))
+    looked_into, _, tuned, _ = analyze.parts_of(analyze.read_groups(SHIPPED))
     draw = {analyze.plot_regimes: looked_into, analyze.plot_bridges: looked_into,
             analyze.plot_tuned: tuned}
     for i, figure in enumerate(plot(groups) for plot, groups in draw.items()):
