@@ -565,9 +565,9 @@ def growth_table(groups):
 
 def parts_of(groups):
     """Groups whose paths were measured; those with an ingredient left out, after the full recipe
-    up to the same step; fine-tuned ones; larger worlds."""
+    up to the same step; fine-tuned ones; those in bfloat16, of which most are larger worlds."""
     tuned = {name: v for name, v in groups.items() if v[0].about["world"]["new_facts"]}
-    larger = {name: v for name, v in groups.items() if v[0].about["preset"] == "growth"}
+    larger = {name: v for name, v in groups.items() if v[0].about["model"]["bf16"]}
     looked_into = {name: v for name, v in groups.items() if all(run.paths for run in v)}
     less = {name: v for name, v in groups.items() if name not in {**tuned, **larger, **looked_into}}
     if less and "tiny/natural" in groups:

@@ -74,12 +74,12 @@ PRESETS = {  # name: (what it is for, world settings, model settings)
               dict(n_entities=12, n_relations=8, out_degree=6, ood_fraction=0.2, phi=4.0),
               dict(d_model=32, n_loops=3, batch_size=64, steps=200, warmup=20, eval_every=50)),
     "growth": ("a larger world; see the README for still larger ones", dict(n_entities=100),
-               dict(d_model=192, n_heads=2, logit_scale=0.65, lr=2.7e-3, weight_decay=0.18,
-                    atomic_share=0.6, bf16=True, steps=5000, eval_every=200)),
+               dict(d_model=192, n_heads=2, logit_scale=0.45, lr=2.7e-3, weight_decay=0.36,
+                    atomic_share=0.6, bf16=True, steps=4000, eval_every=200)),
     "paper": ("the paper's world, for one GPU",
               dict(n_entities=2000, n_relations=200, out_degree=20, ood_fraction=0.05, phi=18.0),
-              dict(d_model=512, n_heads=8, logit_scale=0.4, atomic_share=0.6, bf16=True,
-                   batch_size=2048, lr=1e-3, steps=40000, warmup=1000, eval_every=500)),
+              dict(d_model=768, n_heads=12, logit_scale=0.325, atomic_share=0.6, bf16=True,
+                   batch_size=1024, lr=1e-3, steps=40000, warmup=1000, eval_every=500)),
 }
 
 
@@ -367,8 +367,13 @@ class Trainer:
         self.losses.copy_(saved["losses"])
         self.model.load_state_dict(saved["model"])
         self.average.load_state_dict(saved["average"])
+        for group in saved["optimizer"]["param_groups"]:
+            group["fused"] = self.optimizer.defaults["fused"]
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.generator.set_state(saved["draws"].cpu())
+        if len(saved["draws"]) == len(self.generator.get_state()):
+            self.generator.set_state(saved["draws"].cpu())
+        else:  # begun on another kind of device, whose draws cannot go on here
+            self.generator.manual_seed(self.config.seed + self.step)
 
 
 # ---------------------------------------------------------------- the run folder
@@ -599,7 +604,7 @@ def plain_steps(trainer):
     rows = torch.utils.data.TensorDataset(trainer.tokens.cpu(), trainer.answers.cpu())
     while True:
         for tokens, answers in torch.utils.data.DataLoader(rows, trainer.config.batch_size,
-                                                           shuffle=True, drop_last=True):
+                                                           shuffle=True):
             loss = F.cross_entropy(model(tokens.to(device)), answers.to(device))
             optimizer.zero_grad()
             loss.backward()
@@ -627,7 +632,8 @@ def matrix_products(trainer):
             x, weight, gradient = made[shape]
             x @ weight, gradient @ weight.mT, x.mT @ gradient
     multiply()
-    return capture(multiply, trainer.generator) if device.type == "cuda" else multiply
+    replay = capture(multiply, trainer.generator) if device.type == "cuda" else multiply
+    return lambda: made and replay()  # a CUDA graph knows addresses: what lies there must stay
 
 
 def bench(given):
@@ -676,7 +682,8 @@ def main(argv=None):
     except (BadInput, OSError) as error:
         said = error
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in repr(error).lower():
+        words = "out of memory", "allocate", "alloc_failed", "memoryerror"
+        if not any(word in repr(error).lower() for word in words):
             raise
         said = "out of memory: lower batch_size or d_model"
     print(f"grok.py: {said}", file=sys.stderr)
@@ -722,13 +729,10 @@ def train_one(given):
 
 
 def every_run(root):
-    """Options of every run of the README, seeds 0, 1, 2; what starts from a run comes after it."""
+    """Options of every run of the README; what starts from a run comes after it."""
     regimes = [f"--regime={regime}" for regime in REGIMES]
     tune = "--preset=tune --start={root}/tiny/{regime}/seed{seed}"
     tune_paper = "--preset=tune --layout=bidirectional --d-model=96 --n-heads=2 --logit-scale=0.6"
-    larger = "--preset=growth --n-entities="
-    sizes = {50: "--weight-decay=0.24", 100: "",
-             200: "--d-model=192 --logit-scale=0.65 --lr=0.0027 --weight-decay=0.09"}
     kinds = (
         [*regimes, "--shared=false"]                                         # Findings 1 and 2
         + ["--preset=tune"] + [tune.replace("{regime}", regime) for regime in REGIMES]  # Finding 3
@@ -738,9 +742,26 @@ def every_run(root):
         + [f"--steps=3000 {change}" for change in (                              # ingredients
             *(f"--without={name}" for name in INGREDIENTS),
             "--min-loops=4", "--ema=0", "--atomic-share=0", "--weight-decay=0",
-            "--shared=false --min-loops=4")])
+            "--shared=false --min-loops=4")]
+        + ["--bf16=true"])
+    grown = [f"{larger(size)} {run} --seed={seed}" for size, run, seeds in (     # larger worlds
+        (50, "--steps=2500", 3), (50, "--regime=both_full --steps=2000", 3),
+        (100, "--steps=4000", 3), (100, "--regime=both_full --steps=2000", 3),
+        (200, "--steps=10000", 1), (200, "--regime=both_full --steps=5000", 1),
+        *((size, "--steps=40 --eval-every=40", 1) for size in (500, 1000, 2000)))
+        for seed in range(seeds)]
     return [kind.format(root=shlex.quote(str(root)), seed=seed) + f" --seed={seed}"
-            for kind in kinds for seed in (0, 1, 2)]
+            for kind in kinds for seed in (0, 1, 2)] + grown
+
+
+def larger(entities):
+    """Options of preset growth for that many: what in a larger world must change, and how."""
+    width, scale, lr, decay = {50: (128, 0.55, 0.004, 0.48), 100: (192, 0.45, 0.0027, 0.36),
+                               200: (256, 0.44, 0.002, 0.24), 500: (384, 0.4, 0.0013, 0.15),
+                               1000: (576, 0.35, 0.0009, 0.11), 2000: (832, 0.32, 0.0006, 0.08)
+                               }[entities]
+    return (f"--preset=growth --n-entities={entities} --d-model={width} --logit-scale={scale} "
+            f"--lr={lr} --weight-decay={decay}")
 
 
 def train_all(given):
@@ -753,6 +774,8 @@ def train_all(given):
              and given[name] != usual[name]]
     if other:
         raise BadInput(f"{other[0]} = {given[other[0]]}: --all takes --root and --device alone")
+    if "LOCAL_RANK" in os.environ:  # torchrun: each task of a machine has a GPU of its own
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ["LOCAL_RANK"])
     number = lambda name, default: int(os.environ.get(name, default))
     rank = number("SLURM_ARRAY_TASK_ID", number("RANK", 0)) - number("SLURM_ARRAY_TASK_MIN", 0)
     runs = every_run(given["root"])
@@ -767,7 +790,8 @@ def train_all(given):
             for run, result in zip(part, pool.map(call, part)):
                 done += 1
                 left = (time.perf_counter() - began) / done * (len(runs) - done) / 60
-                said = ["", *result.stdout.splitlines(), *result.stderr.splitlines()][-1]
+                said = result.stderr if result.returncode else result.stdout
+                said = ["", *said.splitlines()][-1]
                 print(f"{done}/{len(runs)} {run}: {said}; about {left:.0f} minutes left",
                       flush=True)
                 worst = max(worst, abs(result.returncode))
@@ -775,9 +799,9 @@ def train_all(given):
 
 
 def at_once(device):
-    """How many runs share a machine: one a core; on a GPU, too, but at most one a free GiB."""
+    """How many runs share a machine: one a core; on a GPU, too, but at most one in 2 free GiB."""
     if device == "cuda":
-        return max(1, min(os.cpu_count(), torch.cuda.mem_get_info()[0] // 2**30))
+        return max(1, min(os.cpu_count(), torch.cuda.mem_get_info()[0] // 2**31))
     return os.cpu_count() if device == "cpu" else 1
 
 

@@ -1153,10 +1153,12 @@ def test_every_run_of_the_readme_is_legal_has_its_own_folder_and_a_start_that_ca
             assert all(start["model"][name] == about["model"][name] for name in sizes)
     for about in worlds.values():
         build_data(settings(WorldConfig, about["world"]), about["regime"])
-    assert all(three == [0, 1, 2] for three in seeds.values())
+    assert all(some == [0, 1, 2] or some == [0] and folder.parent.name == "growth"
+               for folder, some in seeds.items())
     assert {about["regime"] for about in found if about["preset"] == "tiny"} == set(REGIMES)
     assert {about["model"]["without"] for about in found} == {"nothing", *INGREDIENTS}
-    assert {about["preset"] for about in found} == {"tiny", "bidirectional", "tune"}
+    assert {about["preset"] for about in found} == {"tiny", "bidirectional", "tune",
+                                                          "growth"}
 
 
 def test_all_divides_every_run_among_the_tasks_of_an_array(tmp_path, monkeypatch, capsys):
@@ -1180,11 +1182,59 @@ def test_all_divides_every_run_among_the_tasks_of_an_array(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("device, free, runs", [("cpu", 0, 6), ("mps", 0, 1), ("cuda", 80, 6),
-                                                ("cuda", 4.5, 4), ("cuda", 0.5, 1)])
+                                                ("cuda", 9.5, 4), ("cuda", 0.5, 1)])
 def test_runs_share_the_cores_and_the_memory_of_a_gpu(device, free, runs, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 2**30), 80 * 2**30))
     assert grok.at_once(device) == runs
+
+
+def test_torchrun_gives_each_task_of_a_machine_its_gpu(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(os, "environ", {**os.environ, "RANK": "5", "WORLD_SIZE": "6",
+                                        "LOCAL_RANK": "1"})
+    monkeypatch.setattr(subprocess, "run", lambda call, env, **_: seen.append(env) or
+                        subprocess.CompletedProcess(call, 0, "done\n", "a warning\n"))
+    assert grok.main(["--all", "--root", str(tmp_path), "--device", "cpu"]) == 0
+    assert len(seen) == len(grok.every_run(tmp_path)[5::6])
+    assert {env["CUDA_VISIBLE_DEVICES"] for env in seen} == {"1"}
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error, said", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+    (MemoryError(), True),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), False)])
+def test_out_of_memory_is_one_line_and_others_are_not_hidden(error, said, monkeypatch, capsys):
+    def fail(given):
+        raise error
+    monkeypatch.setattr(grok, "train_one", fail)
+    if said:
+        assert grok.main([]) == 2
+        assert capsys.readouterr().err == "grok.py: out of memory: lower batch_size or d_model\n"
+    else:
+        with pytest.raises(RuntimeError):
+            grok.main([])
+
+
+def test_a_run_begun_on_another_kind_of_device_goes_on():
+    """Its weights and moments are kept; what its generator drew cannot go on."""
+    begun, here = make_trainer(), make_trainer()
+    for _ in range(4):
+        begun.train_step()
+    saved = copy.deepcopy(begun.state_dict())
+    saved["draws"] = torch.zeros(16, dtype=torch.uint8)  # as on CUDA
+    for group in saved["optimizer"]["param_groups"]:
+        group.update(fused=False, capturable=True)
+    here.load_state_dict(saved)
+    assert all(map(torch.equal, here.model.parameters(), begun.model.parameters()))
+    first = make_trainer().generator.get_state()
+    assert not torch.equal(here.generator.get_state(), first)
+    here.train_step()
+    assert here.step == 5 and torch.isfinite(here.loss)
+    assert here.optimizer.param_groups[0]["fused"]
 
 
 def test_bench_compares_the_step_with_its_matrix_products_and_a_plain_loop(monkeypatch, capsys):
@@ -2158,9 +2208,10 @@ def test_the_tables_of_the_readme_are_made_from_the_shipped_runs():
 
 def test_groups_of_runs_are_in_the_order_of_the_readme_and_hold_every_seed():
     groups = analyze.read_groups(SHIPPED)
-    assert list(groups)[0] == "tiny/natural" and list(groups)[-1].startswith("tune")
-    for seeds in groups.values():
-        assert [run.about["model"]["seed"] for run in seeds] == [0, 1, 2]
+    assert list(groups)[0] == "tiny/natural" and list(groups)[-1].startswith("growth")
+    for name, seeds in groups.items():
+        many = 1 if re.search("=([25]00|[12]000),", name) else 3
+        assert [run.about["model"]["seed"] for run in seeds] == [0, 1, 2][:many]
     looked_into, less, tuned, larger = analyze.parts_of(groups)
     assert set(looked_into) | set(less) | set(tuned) | set(larger) == set(groups) | {
         "tiny/natural until step 3000"}
@@ -2178,6 +2229,22 @@ def test_the_table_of_new_facts_is_of_the_last_evaluation():
     assert row[:4] == ["scratch", "0.21", 0, "500, 500, 500"]
     assert row[4] == (f"{mean:.2f} [{low:.2f}, {high:.2f}] ({min(right):.2f} to {max(right):.2f})")
     assert analyze.exact(seeds, "test_ood_id") == (pytest.approx(mean), 500)
+
+
+def test_the_table_of_larger_worlds_is_that_of_its_runs():
+    """One group, worked out from its files by hand."""
+    name = "growth/natural"
+    seeds = analyze.read_groups(SHIPPED)[name]
+    head, row = analyze.growth_table({name: seeds})
+    cell = dict(zip(head, row))
+    assert [cell[key] for key in ("entities", "regime", "D", "facts", "seeds", "steps")] == [
+        100, "natural", 192, 2800, 3, 4000]
+    assert cell["parameters"] == 12 * 192**2 + 141 * 192
+    steps = [next(m["step"] for m in run.history if m["accuracy"]["train_inferred"] >= 0.99)
+             for run in seeds]
+    assert cell["train >= .99"] == f"{sum(steps) / 3:.0f} ({min(steps)} to {max(steps)})"
+    ms = [run.history[-1]["seconds"] / 4 for run in seeds]
+    assert cell["ms a step"] == f"{sum(ms) / 3:.0f} ({min(ms):.0f} to {max(ms):.0f})"
 
 
 def test_every_figure_is_drawn_from_the_shipped_runs(tmp_path):
