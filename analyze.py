@@ -555,12 +555,15 @@ def growth_table(groups):
         world, config = (seeds[0].about[part] for part in ("world", "model"))
         model = LoopedTransformer(Config(**config), world["n_entities"], world["n_relations"])
         last = [run.history[-1] for run in seeds]
+        found = [spread([milestones(run.history)[what] for run in seeds], 0)
+                 for what in milestones([])]
+        found.append(spread([m["accuracy"]["test_ood"] for m in last]))
+        if last[0]["step"] < config["warmup"]:  # made to time a step
+            found = ["not trained"] * len(found)
         yield [world["n_entities"], seeds[0].about["regime"], config["d_model"],
                sum(weight.numel() for weight in model.parameters()),
                world["n_entities"] * world["out_degree"], len(seeds), last[0]["step"],
-               spread([1000 * m["seconds"] / m["step"] for m in last], 0),
-               *(spread([milestones(run.history)[what] for run in seeds], 0)
-                 for what in milestones([])), spread([m["accuracy"]["test_ood"] for m in last])]
+               spread([1000 * m["seconds"] / m["step"] for m in last], 0), *found]
 
 
 def parts_of(groups):

@@ -78,8 +78,17 @@ PRESETS = {  # name: (what it is for, world settings, model settings)
                     atomic_share=0.6, bf16=True, steps=4000, eval_every=200)),
     "paper": ("the paper's world, for one GPU",
               dict(n_entities=2000, n_relations=200, out_degree=20, ood_fraction=0.05, phi=18.0),
-              dict(d_model=768, n_heads=12, logit_scale=0.325, atomic_share=0.6, bf16=True,
-                   batch_size=1024, lr=1e-3, steps=40000, warmup=1000, eval_every=500)),
+              dict(d_model=2048, n_heads=16, logit_scale=0.2, atomic_share=0.6, bf16=True,
+                   batch_size=1024, lr=5e-4, steps=40000, warmup=1000, eval_every=500)),
+}
+
+
+GROWN = {  # what preset growth needs at other numbers of entities: first of all, more width
+    50: "--d-model=128 --logit-scale=0.55 --lr=0.004 --weight-decay=0.48",
+    200: "--d-model=384 --logit-scale=0.36 --lr=0.0018",
+    500: "--d-model=960 --logit-scale=0.25 --lr=0.0007",
+    1000: "--d-model=1920 --logit-scale=0.19 --lr=0.0004",
+    2000: "--d-model=2048 --logit-scale=0.2 --lr=0.0004",
 }
 
 
@@ -744,24 +753,21 @@ def every_run(root):
             "--min-loops=4", "--ema=0", "--atomic-share=0", "--weight-decay=0",
             "--shared=false --min-loops=4")]
         + ["--bf16=true"])
-    grown = [f"{larger(size)} {run} --seed={seed}" for size, run, seeds in (     # larger worlds
-        (50, "--steps=2500", 3), (50, "--regime=both_full --steps=2000", 3),
-        (100, "--steps=4000", 3), (100, "--regime=both_full --steps=2000", 3),
-        (200, "--steps=10000", 1), (200, "--regime=both_full --steps=5000", 1),
-        *((size, "--steps=40 --eval-every=40", 1) for size in (500, 1000, 2000)))
-        for seed in range(seeds)]
     return [kind.format(root=shlex.quote(str(root)), seed=seed) + f" --seed={seed}"
-            for kind in kinds for seed in (0, 1, 2)] + grown
+            for kind in kinds for seed in (0, 1, 2)] + larger_worlds()
 
 
-def larger(entities):
-    """Options of preset growth for that many: what in a larger world must change, and how."""
-    width, scale, lr, decay = {50: (128, 0.55, 0.004, 0.48), 100: (192, 0.45, 0.0027, 0.36),
-                               200: (256, 0.44, 0.002, 0.24), 500: (384, 0.4, 0.0013, 0.15),
-                               1000: (576, 0.35, 0.0009, 0.11), 2000: (832, 0.32, 0.0006, 0.08)
-                               }[entities]
-    return (f"--preset=growth --n-entities={entities} --d-model={width} --logit-scale={scale} "
-            f"--lr={lr} --weight-decay={decay}")
+def larger_worlds():
+    """Options of the runs in larger worlds; those of 5 steps only time a step."""
+    small = "--d-model=128 --logit-scale=0.8 --lr=0.004 --weight-decay=0.12 --steps=14000"
+    sizes = ((50, GROWN[50] + " --steps=2500", 3),
+             (50, GROWN[50] + " --regime=both_full --steps=2000", 3),
+             (100, "", 3), (100, "--regime=both_full --steps=2000", 3), (100, small, 1),
+             (200, GROWN[200] + " --steps=7000", 1),
+             (200, GROWN[200] + " --regime=both_full --steps=2000", 1),
+             *((size, GROWN[size] + " --steps=5 --eval-every=5", 1) for size in (500, 1000, 2000)))
+    return [f"--preset=growth --n-entities={size} {change} --seed={seed}"
+            for size, change, seeds in sizes for seed in range(seeds)]
 
 
 def train_all(given):
