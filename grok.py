@@ -379,10 +379,11 @@ class Trainer:
         for group in saved["optimizer"]["param_groups"]:
             group["fused"] = self.optimizer.defaults["fused"]
         self.optimizer.load_state_dict(saved["optimizer"])
-        if len(saved["draws"]) == len(self.generator.get_state()):
-            self.generator.set_state(saved["draws"].cpu())
-        else:  # begun on another kind of device, whose draws cannot go on here
-            self.generator.manual_seed(self.config.seed + self.step)
+        draws = saved["draws"].cpu()
+        if draws.dtype == torch.uint8 and len(draws) != len(self.generator.get_state()):
+            self.generator.manual_seed(self.config.seed + self.step)  # begun on another device
+        else:
+            self.generator.set_state(draws)
 
 
 # ---------------------------------------------------------------- the run folder
