@@ -83,15 +83,6 @@ PRESETS = {  # name: (what it is for, world settings, model settings)
 }
 
 
-GROWN = {  # what preset growth needs at other numbers of entities: first of all, more width
-    50: "--d-model=128 --logit-scale=0.55 --lr=0.004 --weight-decay=0.48",
-    200: "--d-model=384 --logit-scale=0.36 --lr=0.0018",
-    500: "--d-model=960 --logit-scale=0.25 --lr=0.0007",
-    1000: "--d-model=1920 --logit-scale=0.19 --lr=0.0004",
-    2000: "--d-model=2048 --logit-scale=0.2 --lr=0.0004",
-}
-
-
 # ---------------------------------------------------------------- the model
 
 def rms_norm(x):
@@ -759,14 +750,16 @@ def every_run(root):
 
 
 def larger_worlds():
-    """Options of the runs in larger worlds; those of 5 steps only time a step."""
-    small = "--d-model=128 --logit-scale=0.8 --lr=0.004 --weight-decay=0.12 --steps=14000"
-    sizes = ((50, GROWN[50] + " --steps=2500", 3),
-             (50, GROWN[50] + " --regime=both_full --steps=2000", 3),
-             (100, "", 3), (100, "--regime=both_full --steps=2000", 3), (100, small, 1),
-             (200, GROWN[200] + " --steps=7000", 1),
-             (200, GROWN[200] + " --regime=both_full --steps=2000", 1),
-             *((size, GROWN[size] + " --steps=5 --eval-every=5", 1) for size in (500, 1000, 2000)))
+    """Options of the runs in larger worlds: first of all, more width. 5 steps only time a step."""
+    fifty = "--d-model=128 --logit-scale=0.55 --lr=0.004 --weight-decay=0.48"
+    narrow = "--d-model=128 --logit-scale=0.8 --lr=0.004 --weight-decay=0.12 --steps=14000"
+    wide, once = "--d-model=384 --logit-scale=0.36 --lr=0.0018", "--steps=5 --eval-every=5"
+    sizes = ((50, f"{fifty} --steps=2500", 3), (50, f"{fifty} --regime=both_full --steps=2000", 3),
+             (100, "", 3), (100, "--regime=both_full --steps=2000", 3), (100, narrow, 1),
+             (200, f"{wide} --steps=7000", 1), (200, f"{wide} --regime=both_full --steps=2000", 1),
+             (500, f"--d-model=960 --logit-scale=0.25 --lr=0.0007 {once}", 1),
+             (1000, f"--d-model=1920 --logit-scale=0.19 --lr=0.0004 {once}", 1),
+             (2000, f"--d-model=2048 --logit-scale=0.2 --lr=0.0004 {once}", 1))
     return [f"--preset=growth --n-entities={size} {change} --seed={seed}"
             for size, change, seeds in sizes for seed in range(seeds)]
 
