@@ -1,115 +1,66 @@
-"""The world: a random knowledge graph, its two-hop compositions, and the splits a model is
-trained and tested on (paper, Section 3 and Appendix C; the task is that of Wang et al. 2024).
+"""The world: a random knowledge graph, its two-hop compositions, and the splits a model is trained
+and tested on (paper, Section 3 and Appendix C; the task is that of Wang et al. 2024).
 
-    fact          (h, r, t)           head entity, relation, tail entity
-    composition   (h, r1, r2) -> t    through the bridge b: (h, r1, b) and (b, r2, t) are facts
-    ID / OOD      an OOD fact is trained alone, never as part of a composition (natural regime)
+    fact          (h, r, t)           head entity, relation, tail entity; ID or OOD
+    composition   (h, r1, r2) -> t    hop 1 is the fact (h, r1, b), hop 2 the fact (b, r2, t)
+    bridge        b                   where hop 1 ends and hop 2 begins; no question names it
+    ID / OOD      an OOD fact is trained alone, never in a composition (but for injected ones)
 
-A fact is known by its index f = h * K + k, its place in the flattened (E, K) arrays of the world.
-Only numpy here: the world depends on no model, no device and no global random state.
+A fact is known by its number, its row in `World.facts`; a composition by those of its two hops.
 """
-import argparse
+import inspect
 import json
 import re
-import shutil
 import sys
 from collections import namedtuple
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 SPLITS = ("id_atomic", "ood_atomic", "train_inferred", "test_id", "test_ood",
           "test_id_ood", "test_ood_id")  # the last two: ID hop 1 + OOD hop 2, and the reverse
-# share of the OOD test facts injected as first hop, as second hop; compositions for each (App. C)
+LISTED = SPLITS[2:5]  # the others follow from these
+TRAINED = ("id_atomic", "ood_atomic", "kept_atomic", "new_atomic", "train_inferred")
+# share of the OOD test facts injected as hop 1, as hop 2; compositions for each (App. C)
 REGIMES = {"natural": (0.0, 0.0, 0), "both_full": (1.0, 1.0, 18), "both_half": (0.5, 0.5, 9),
            "first_full": (1.0, 0.0, 18), "second_full": (0.0, 1.0, 18)}
-
-
-class BadInput(ValueError):
-    """A setting or a file that cannot be used; its text is the one line the user reads."""
-    __str__ = lambda self: " ".join(str(self.args[0]).split())  # names may hold line breaks
-
-
-# ---------------------------------------------------------------- settings and command line
-def setting(default, low, high, about, choices=None):
-    """A dataclass field that carries its legal values and its line of --help."""
-    return field(default=default, metadata=dict(low=low, high=high, choices=choices, about=about))
-
-
-def check_settings(config):
-    """The settings dataclass given; BadInput for its first field outside its type or range."""
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    for f in fields(config):
-        value, kinds = getattr(config, f.name), (int, float) if f.type is float else f.type
-        low, high, choices = (f.metadata[name] for name in ("low", "high", "choices"))
-        if not isinstance(value, kinds) or isinstance(value, bool) != (f.type is bool):
-            raise BadInput(f"{f.name} = {value!r}: must be {words[f.type]}")
-        if choices and value not in choices:
-            raise BadInput(f"{f.name} = {value}: must be one of {', '.join(choices)}")
-        if low is not None and not low <= value <= high:
-            raise BadInput(f"{f.name} = {value}: must lie in [{low}, {high}]")
-    return config
-
-
-def settings(cls, given):
-    """A checked `cls` from those entries of `given` that name its fields and are not None."""
-    known = {f.name: given[f.name] for f in fields(cls) if given.get(f.name) is not None}
-    return check_settings(cls(**known))
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose options are dataclass fields and whose errors are one line (BadInput)."""
-    def error(self, message):
-        raise BadInput(message)
-
-    def add_settings(self, cls, title):
-        group = self.add_argument_group(title)
-        truth = lambda text: {"true": True, "false": False}.get(text.lower(), text)
-        for f in fields(cls):
-            kind, text = truth if f.type is bool else f.type, f"{f.metadata['about']} ({f.default})"
-            group.add_argument("--" + f.name.replace("_", "-"), type=kind, metavar="V", help=text)
-
-    def parse(self, argv):
-        """The settings given on the command line; --out_degree and --out-degree are the same."""
-        hyphens = lambda name: name[0].replace("_", "-")
-        return vars(self.parse_args([re.sub("^--[^=]*", hyphens, word) for word in argv]))
 
 
 @dataclass(frozen=True)
 class WorldConfig:
     """The knowledge graph and how much of it is trained (paper, Section 3)."""
-    n_entities: int = setting(40, 2, 10**6, "entities")
-    n_relations: int = setting(40, 1, 10**5, "relations")
-    out_degree: int = setting(28, 1, 10**5, "facts per head entity, each with its own relation")
-    ood_fraction: float = setting(0.125, 0.0, 1.0, "share of facts that are OOD")
-    phi: float = setting(18.0, 0.0, 10**5, "training compositions per ID fact")
-    data_seed: int = setting(0, 0, 2**63 - 1, "seed of graph and splits, apart from the model's")
-    new_facts: int = setting(0, 0, 10**7, "facts added for fine-tuning, in place of the OOD facts")
-    kept: float = setting(1.0, 0.0, 1.0, "share of the ID facts kept when fine-tuning")
-    new_k: int = setting(0, 0, 10**5, "compositions trained for each new fact, as second hop")
+    n_entities: int = 40         # entities E
+    n_relations: int = 40        # relations R
+    out_degree: int = 28         # facts per head entity, each with its own relation
+    ood_fraction: float = 0.125  # share of facts that are OOD
+    phi: float = 18.0            # training compositions per ID fact
+    data_seed: int = 0           # seed of graph and splits, apart from the model's
+    first_tail: bool = False     # own facts: keep the first of several tails of (head, relation)
+    new_facts: int = 0           # facts added for fine-tuning, in place of the OOD facts
+    kept: float = 1.0            # share of the ID facts kept when fine-tuning
+    new_k1: int = 0              # compositions trained for each new fact as hop 1: new + old
+    new_k2: int = 0              # compositions trained for each new fact as hop 2: old + new
+    whole_rows: bool = False     # keep all old training compositions of a kept fact (paper's code)
 
 
-# ---------------------------------------------------------------- the graph
+class BadInput(ValueError):
+    """A setting or a file that cannot be used; its text is the one line the user reads."""
+    def __str__(self):
+        return " ".join(str(self.args[0]).split())  # names may hold line breaks
+
+
+# ---------------------------------------------------------------- the world
 @dataclass(frozen=True)
 class World:
-    """A knowledge graph of E entities with up to K facts each; relation -1 pads a shorter row."""
-    relations: np.ndarray  # (E, K) int, distinct within a row
-    tails: np.ndarray      # (E, K) int
-    is_ood: np.ndarray     # (E, K) bool
+    """A knowledge graph of E entities, R relations and F facts, which are sorted by head."""
+    facts: np.ndarray   # (F, 3) int, rows (h, r, t)
+    is_ood: np.ndarray  # (F,) bool
+    index: np.ndarray   # (E, R) int, the number of the fact (h, r), -1 where there is none
+    n_entities: int     # E
+    n_relations: int    # R
     entity_names: tuple
     relation_names: tuple
-    n_entities = property(lambda world: len(world.entity_names))
-    n_relations = property(lambda world: len(world.relation_names))
-    facts = property(lambda world: np.flatnonzero(world.relations.ravel() >= 0))  # indices, (F,)
-
-    def find(self, h, r):
-        """Index of the fact with head h and relation r, -1 where there is none; (N,) int each."""
-        stride = self.n_relations + 1  # one more than needed: no r >= 0 meets the -1 of padding
-        keys = (np.arange(self.n_entities)[:, None] * stride + self.relations).ravel()
-        order, wanted = keys.argsort(), h * stride + r
-        fact = order[np.searchsorted(keys, wanted, sorter=order) % len(keys)]
-        return np.where((keys[fact] == wanted) & (r >= 0), fact, -1)
 
 
 class Queries(namedtuple("Queries", "h r1 r2 b t")):
@@ -120,81 +71,78 @@ class Queries(namedtuple("Queries", "h r1 r2 b t")):
 
 def make_world(config):
     """A random graph: `out_degree` distinct relations a head, each to a uniformly random tail."""
-    check_settings(config)
+    check_settings(config, LIMITS)
     E, R, K = config.n_entities, config.n_relations, config.out_degree
     if K > R:
         raise BadInput(f"out_degree = {K}: must lie in [1, n_relations = {R}]")
-    if E * max(R, K * K) > 50_000_000:  # 60 times the compositions of the paper's world
-        raise BadInput(f"n_entities = {E}: times n_relations or out_degree^2 must be <= 50000000")
+    if E * max(R, K * K) > MOST:
+        raise BadInput(f"n_entities = {E}: makes over {MOST} compositions or table cells")
     rng = np.random.default_rng([config.data_seed, 0])
-    relations = rng.random((E, R)).argsort(axis=1, kind="stable")[:, :K]
-    tails = rng.integers(0, E, (E, K))
-    world = World(relations, tails, np.zeros((E, K), bool), tuple(f"e_{i}" for i in range(E)),
-                  tuple(f"r_{i}" for i in range(R)))
-    return choose_ood(world, config, rng)
+    relations = rng.random((E, R)).argsort(axis=1, kind="stable")[:, :K]        # (E, K)
+    heads, tails = np.arange(E).repeat(K), rng.integers(0, E, E * K)            # (F,)
+    facts = np.stack([heads, relations.ravel(), tails], axis=1)
+    names = [f"e_{i}" for i in range(E)], [f"r_{i}" for i in range(R)]
+    return build_world("this world", facts, draw_ood(len(facts), config, rng), *names)
 
 
-def choose_ood(world, config, rng):
-    """Make exactly round(ood_fraction * F) facts of the world OOD, drawn without replacement."""
-    facts = rng.permutation(world.facts)
-    world.is_ood.ravel()[facts[:round(config.ood_fraction * len(facts))]] = True
-    return world
+def draw_ood(F, config, rng):
+    """(F,) bool: round(ood_fraction * F) facts are OOD, drawn without replacement."""
+    return np.isin(np.arange(F), rng.permutation(F)[:round(config.ood_fraction * F)])
+
+
+def build_world(source, facts, is_ood, entity_names, relation_names):
+    """The World of (F, 3) int rows (h, r, t), sorted by head; BadInput if it is too large."""
+    E, R = len(entity_names), len(relation_names)
+    n_paths = np.bincount(facts[:, 0], minlength=E)[facts[:, 2]].sum()
+    if max(E * R, n_paths) > MOST:
+        raise BadInput(f"{source}: makes over {MOST} compositions or table cells")
+    index = np.full((E, R), -1)
+    index[facts[:, 0], facts[:, 1]] = np.arange(len(facts))
+    return World(facts, is_ood, index, E, R, tuple(entity_names), tuple(relation_names))
 
 
 def compositions(world):
-    """All two-hop paths as fact indices (first, second), each (N,) int."""
-    width = world.relations.shape[1]
-    first = world.facts.repeat(width)                                                  # (F * K,)
-    second = world.tails.ravel()[first] * width + np.arange(len(first)) % width  # every fact of b
-    real = world.relations.ravel()[second] >= 0
-    return first[real], second[real]
+    """All two-hop paths as fact numbers (first, second), each (N,) int, in increasing order."""
+    head, _, bridge = world.facts.T
+    begin, end = (np.searchsorted(head, bridge, side) for side in ("left", "right"))
+    first = np.arange(len(head)).repeat(end - begin)             # (N,)
+    way = np.arange(len(first)) - np.searchsorted(first, first)  # 0, 1, ... for each first fact
+    return first, begin[first] + way
 
 
 def queries(world, first, second=None):
-    """Columns of the compositions (first, second), or of the atomic facts `first` alone."""
-    relation, tail = world.relations.ravel(), world.tails.ravel()
-    head, r1, b = first // world.relations.shape[1], relation[first], tail[first]
+    """The Queries of compositions (first, second), or of the facts `first` alone; (N,) int each."""
+    h, r1, b = world.facts[first].T
     if second is None:
-        return Queries(head, r1, np.full_like(first, -1), np.full_like(first, -1), b)
-    return Queries(head, r1, relation[second], b, tail[second])
+        return Queries(h, r1, np.full_like(h, -1), np.full_like(h, -1), b)
+    return Queries(h, r1, world.facts[second, 1], b, world.facts[second, 2])
 
 
-# ---------------------------------------------------------------- splits and regimes
+# ---------------------------------------------------------------- splits, regimes, new facts
 def make_splits(world, config, regime="natural"):
-    """The seven splits of SPLITS as {name: Queries}, disjoint, for one regime of REGIMES.
-    phi * (ID facts) of the ID compositions are trained, the others (0.5 % or more) are `test_id`.
-    Graph, OOD facts and both test sets are the same in all regimes; injected compositions move from
-    the mixed splits to `train_inferred`.
-    """
+    """The seven disjoint SPLITS as {name: Queries}. phi * (ID facts) of the ID compositions are
+    trained, the others (0.5 % or more) are `test_id`; a regime only moves compositions from the
+    mixed splits to `train_inferred`."""
     if regime not in REGIMES:
         raise BadInput(f"regime = {regime}: must be one of {', '.join(REGIMES)}")
     rng = np.random.default_rng([config.data_seed, 1])
-    ood = world.is_ood.ravel()
     first, second = compositions(world)
-    where = lambda hop1, hop2: np.flatnonzero((ood[first] == hop1) & (ood[second] == hop2))
-    id_id, ood_ood = rng.permutation(where(False, False)), where(True, True)
-    id_facts = len(world.facts) - ood.sum()
-    n_train, most = round(config.phi * id_facts), int(0.995 * len(id_id))
-    if not 1 <= n_train <= most or not len(ood_ood):
-        raise BadInput(f"phi = {config.phi:g}, ood_fraction = {config.ood_fraction:g}: too few "
-                       f"compositions; this world has {len(id_id)} ID ones (for a phi up to "
-                       f"{most / max(id_facts, 1):.2f}) and {len(ood_ood)} OOD ones (1 or more)")
-    injected = inject(first, second, where(True, False), where(False, True), ood_ood, regime, rng)
-    return all_splits(world, first, second, {
-        "train_inferred": np.concatenate([id_id[:n_train], injected]),
-        "test_id": id_id[n_train:], "test_ood": ood_ood})
-
-
-def inject(first, second, ood_id, id_ood, ood_ood, regime, rng):
-    """Rows of mixed compositions a regime trains (App. C): up to k, the other hop ID, for a share
-    of the facts of the OOD test, F1 as first hop and F2 as second. Never two OOD hops."""
+    ood1, ood2 = world.is_ood[first], world.is_ood[second]                      # (N,) bool
+    id_id, ood_ood = rng.permutation(np.flatnonzero(~ood1 & ~ood2)), np.flatnonzero(ood1 & ood2)
+    n_id, most = (~world.is_ood).sum(), int(0.995 * len(id_id))
+    n_train = round(config.phi * n_id)
+    if not most or not len(ood_ood):
+        raise BadInput(f"ood_fraction = {config.ood_fraction:g}: too few ID or OOD compositions")
+    if not 1 <= n_train <= most:  # nine digits: the limits are legal as printed
+        raise BadInput(f"phi = {config.phi:g}: must lie in [{1 / n_id:.9g}, {most / n_id:.9g}]")
     share1, share2, k = REGIMES[regime]
-    injected = []
-    for fact, rows, share in ((first, ood_id, share1), (second, id_ood, share2)):
-        pool = np.unique(fact[ood_ood])                          # F1, F2
+    train = [id_id[:n_train]]  # then the injected ones, with OOD hop 1 and with OOD hop 2 (App. C)
+    for mixed, hop, share in ((ood1 & ~ood2, first, share1), (~ood1 & ood2, second, share2)):
+        pool = np.unique(hop[ood_ood])                           # the paper's F1, or F2
         chosen = rng.permutation(pool)[:round(share * len(pool))]
-        injected.append(up_to_k(rows[np.isin(fact[rows], chosen)], fact, k, rng))
-    return np.concatenate(injected)
+        train.append(up_to_k(np.flatnonzero(mixed & np.isin(hop, chosen)), hop, k, rng))
+    rows = np.concatenate(train), id_id[n_train:], ood_ood
+    return all_splits(world, [(first[chosen], second[chosen]) for chosen in rows])
 
 
 def up_to_k(rows, fact, k, rng):
@@ -204,227 +152,137 @@ def up_to_k(rows, fact, k, rng):
     return rows[np.arange(len(rows)) - np.searchsorted(fact[rows], fact[rows]) < k]
 
 
-def all_splits(world, first, second, rows):
-    """All seven splits; `rows` of the compositions (first, second) make up three of them."""
-    ood, facts = world.is_ood.ravel(), world.facts
-    untrained = np.ones(len(first), bool)
-    untrained[rows["train_inferred"]] = False
-    rows = {**rows, "test_id_ood": untrained & ~ood[first] & ood[second],
-            "test_ood_id": untrained & ood[first] & ~ood[second]}
-    return {"id_atomic": queries(world, facts[~ood[facts]]),
-            "ood_atomic": queries(world, facts[ood[facts]]),
-            **{name: queries(world, first[r], second[r]) for name, r in rows.items()}}
+def all_splits(world, listed):
+    """The seven splits, from the (first, second) of each split of LISTED."""
+    first, second = compositions(world)
+    ood1, ood2, F = world.is_ood[first], world.is_ood[second], len(world.facts)
+    trained1, trained2 = listed[0]
+    untrained = ~np.isin(first * F + second, trained1 * F + trained2)           # (N,) bool
+    id_ood, ood_id = untrained & ~ood1 & ood2, untrained & ood1 & ~ood2
+    hops = [(np.flatnonzero(~world.is_ood),), (np.flatnonzero(world.is_ood),), *listed,
+            (first[id_ood], second[id_ood]), (first[ood_id], second[ood_id])]
+    return {name: queries(world, *numbers) for name, numbers in zip(SPLITS, hops)}
 
 
 def add_facts(world, splits, config):
-    """(world, splits) for fine-tuning on new facts and kept old data (paper, Finding 3).
+    """(world, splits) for fine-tuning on new facts and kept old ones (paper, Finding 3).
 
-    The world is made of the share `kept` of the ID facts and of `new_facts` others, with (h, r) not
-    used so far and random tails, which stand where the OOD facts stood: `test_ood_id` asks new +
-    old, `test_id_ood` old + new, `test_ood` new + new. Trained are all its facts, the old
-    compositions that remain, and up to `new_k` of old + new for each new fact. `old_atomic` and
-    `test_id` are the old world's, whole: what is forgotten.
+    kept_atomic, new_atomic      trained: facts
+    train_inferred               trained: old training compositions that remain; new_k1, new_k2
+    new_old, old_new, new_new    tested: the untrained ones, by the kinds of hop 1 and hop 2
+    old_atomic, old_inferred     may be forgotten: the old world's id_atomic and test_id, whole
     """
-    rng, E, R = np.random.default_rng([config.data_seed, 2]), world.n_entities, world.n_relations
-    known, old = queries(world, world.facts), splits["id_atomic"]
-    free = np.ones((E, R), bool)
-    free[known.h, known.r1] = False
-    if config.new_facts > free.sum():
-        raise BadInput(f"new_facts = {config.new_facts}: must lie in [0, {free.sum()}], the pairs "
-                       "of head and relation without a fact")
-    h, r = rng.permutation(np.argwhere(free))[:config.new_facts].T
-    new = np.stack([h, r, rng.integers(0, E, len(h))], axis=1)
-    kept = old.take(rng.permutation(len(old.h))[:round(config.kept * len(old.h))])
-    world = world_from_facts(np.concatenate([np.stack([kept.h, kept.r1, kept.t], 1), new]),
-                             world.entity_names, world.relation_names)
-    world.is_ood.ravel()[world.find(h, r)] = True
+    rng = np.random.default_rng([config.data_seed, 2])
+    world, is_kept = change_facts(world, config, rng)
     first, second = compositions(world)
-    key = lambda asked: (asked.h * R + asked.r1) * R + asked.r2
-    old_rows = np.isin(key(queries(world, first, second)), key(splits["train_inferred"]))
-    ood = world.is_ood.ravel()
-    injected = up_to_k(np.flatnonzero(~ood[first] & ood[second]), second, config.new_k, rng)
-    rows = {"train_inferred": np.concatenate([np.flatnonzero(old_rows), injected]),
-            "test_ood": np.flatnonzero(ood[first] & ood[second])}
-    if not all(map(len, rows.values())):
-        raise BadInput(f"new_facts = {config.new_facts}, kept = {config.kept:g}: too few, no "
-                       "composition of two new facts or of two old ones is left")
-    return world, {**all_splits(world, first, second, rows), "test_id": splits["test_id"],
-                   "old_atomic": splits["id_atomic"]}
+    asked, is_new = queries(world, first, second), world.is_ood
+    shape = world.n_entities, world.n_relations, world.n_relations              # of (h, r1, r2)
+    keys = [np.ravel_multi_index(some[:3], shape) for some in (asked, splits["train_inferred"])]
+    remains = np.isin(*keys) & (is_kept[first] | is_kept[second])               # (N,) bool
+    new_old = np.flatnonzero(is_new[first] & is_kept[second])
+    old_new = np.flatnonzero(is_kept[first] & is_new[second])
+    new_new = np.flatnonzero(is_new[first] & is_new[second])
+    if not remains.any() or not len(new_new):
+        raise BadInput(f"new_facts = {config.new_facts}, kept = {config.kept:g}: too few facts")
+    injected2 = up_to_k(old_new, second, config.new_k2, rng)
+    injected1 = up_to_k(new_old, first, config.new_k1, rng)
+    trained = np.concatenate([np.flatnonzero(remains), injected2, injected1])
+    return world, {"kept_atomic": queries(world, np.flatnonzero(is_kept)),
+                   "new_atomic": queries(world, np.flatnonzero(is_new)),
+                   "train_inferred": asked.take(trained),
+                   "new_old": asked.take(np.setdiff1d(new_old, injected1)),
+                   "old_new": asked.take(np.setdiff1d(old_new, injected2)),
+                   "new_new": asked.take(new_new),
+                   "old_atomic": splits["id_atomic"], "old_inferred": splits["test_id"]}
 
 
-# ---------------------------------------------------------------- own facts, the field's JSON
-TOKEN = "(<[^<>]+>)"
-ITEM = re.compile(f"({TOKEN}{TOKEN}{TOKEN}?){TOKEN}</a>")  # h, r1, r2 if there is one; t
-SPECIAL = ["<mask>", "<sep>", "<a>", "</a>", "<q>", "</q>"]
-TYPES = {"id_atomic": "id_atomic", "ood_atomic": "ood_atomic", "train_inferred": "train_inferred",
-         "test_id": "test_inferred_iid", "test_ood": "test_inferred_ood"}
+def change_facts(world, config, rng):
+    """(world, is_kept (F,) bool): the kept ID facts, and new ones, which its `is_ood` marks: pairs
+    (h, r) without a fact so far, random tails. `whole_rows` leaves all ID facts in the world."""
+    free = np.argwhere(world.index < 0)                                         # (N, 2)
+    if config.new_facts > len(free):
+        raise BadInput(f"new_facts = {config.new_facts}: must lie in [0, {len(free)}]")
+    pairs = rng.permutation(free)[:config.new_facts]
+    new = np.column_stack([pairs, rng.integers(0, world.n_entities, len(pairs))])
+    old = rng.permutation(world.facts[~world.is_ood])
+    n_kept = round(config.kept * len(old))
+    old = old if config.whole_rows else old[:n_kept]
+    facts = np.concatenate([old, new])
+    by_head = facts[:, 0].argsort(kind="stable")                                # (F,)
+    return build_world(f"new_facts = {config.new_facts}", facts[by_head], by_head >= len(old),
+                       world.entity_names, world.relation_names), by_head < n_kept
 
 
-def read_text(path, parse=str):
-    """The text of a UTF-8 file, without the mark that some editors put at its start, parsed."""
-    try:
-        return parse(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}")
-
-
-def world_from_facts(triples, entity_names, relation_names):
-    """A World, nothing in it OOD yet, from an (F, 3) int array of (h, r, t) rows, order kept."""
-    h, r, t = triples[np.argsort(triples[:, 0], kind="stable")].T
-    k = np.arange(len(h)) - np.searchsorted(h, h)                # 0, 1, 2... within each head
-    relations = np.full((len(entity_names), k.max() + 1), -1)
-    tails, is_ood = np.zeros_like(relations), np.zeros(relations.shape, bool)
-    relations[h, k], tails[h, k] = r, t
-    return World(relations, tails, is_ood, tuple(entity_names), tuple(relation_names))
-
-
+# ---------------------------------------------------------------- files
 def read_facts(path, config):
-    """A World from lines of head, relation, tail (UTF-8, tab-separated); every tail is a head."""
-    lines = read_text(path).split("\n")
-    heads = {line.split("\t")[0].strip() for line in lines}
-    entities, relations, seen, triples = {}, {}, {}, []
-    for number, line in enumerate(lines, 1):
-        place, names = f"{path}, line {number}", [name.strip() for name in line.split("\t")]
-        if not any(names):
-            continue
+    """A World from lines of head, relation, tail (UTF-8, tab-separated); OOD facts are drawn. Of
+    several tails for a (head, relation) `first_tail` keeps the first; without it they are refused.
+    So are tails that are never heads: from every bridge a path must go on."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # without the mark some editors put first
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}")
+    found, others, entities, relations, facts = {}, [], {}, {}, []
+    for number, line in enumerate(text.rstrip().split("\n"), 1):
+        names = [name.strip() for name in line.split("\t")]
         if len(names) != 3 or not all(names):
-            raise BadInput(f"{place}: needs head, relation and tail, tab-separated")
+            raise BadInput(f"{path}, line {number}: needs head, relation and tail, tab-separated")
+        if number == 1 and names[2].lower() in ("tail", "object", "t", "target"):
+            raise BadInput(f"{path}, line 1: is a header; remove it")
         h, r, t = names
-        if (h, r) in seen:
-            raise BadInput(f"{place}: ({h}, {r}) has a tail already, in line {seen[h, r]}")
+        if found.setdefault((h, r), (t, number))[0] != t:
+            others.append(f"line {number}: another tail of ({h}, {r})")
+    if others and not config.first_tail:
+        raise BadInput(f"{path}, {others[0]}, one of {len(others)}; --first-tail true leaves them "
+                       "out")
+    if others:
+        print(f"{path}: {len(others)} lines with another tail are left out", file=sys.stderr)
+    heads = {h for h, _ in found}
+    for (h, r), (t, number) in found.items():
         if t not in heads:
-            raise BadInput(f"{place}: {t} is never a head; add a fact that starts there")
-        seen[h, r] = number
-        triples.append([known.setdefault(name, len(known))
-                        for known, name in zip((entities, relations, entities), names)])
-    if not triples:
-        raise BadInput(f"{path}: holds no fact")
-    world = world_from_facts(np.array(triples), entities, relations)
-    return choose_ood(world, config, np.random.default_rng([config.data_seed, 0]))
+            raise BadInput(f"{path}, line {number}: {t} is never a head, no path goes on from it")
+        facts.append((entities.setdefault(h, len(entities)),     # numbered as they come
+                      relations.setdefault(r, len(relations)),
+                      entities.setdefault(t, len(entities))))
+    facts = np.array(facts)
+    facts = facts[facts[:, 0].argsort(kind="stable")]            # (F, 3)
+    is_ood = draw_ood(len(facts), config, np.random.default_rng([config.data_seed, 0]))
+    return build_world(path, facts, is_ood, entities, relations)
 
 
-def write_json(world, splits, folder):
-    """Write train, valid, test and vocab.json, in the layout of Wang et al.'s public code, to a
-    new folder. The mixed splits are left out: they follow from the others."""
-    vocab = [f"<{name}>" for name in world.entity_names + world.relation_names] + SPECIAL
-    if re.findall(TOKEN, "".join(vocab)) != vocab or len(set(vocab)) < len(vocab):
-        raise BadInput(f"{folder}: names must differ from each other and hold neither < nor >")
-    relation = vocab[world.n_entities:]
-    def items(split, **kind):
-        for h, r1, r2, _, t in zip(*(column.tolist() for column in split)):
-            text = vocab[h] + relation[r1] + (relation[r2] if r2 >= 0 else "")
-            yield {"input_text": text, "target_text": f"{text}{vocab[t]}</a>", **kind}
-    files = {"train": [*items(queries(world, world.facts)), *items(splits["train_inferred"])],
-             "valid": [*items(splits["test_ood"])], "vocab": vocab,
-             "test": [item for name in TYPES for item in items(splits[name], type=TYPES[name])]}
+def read_data(path):
+    """(world, splits, regime) from an .npz of facts (F, 3), is_ood (F,), names (JSON) and (N, 2)
+    fact numbers for each of LISTED, as `write_data` of extras/exchange.py makes it."""
     try:
-        Path(folder).mkdir(parents=True)
-        for name, content in files.items():
-            (Path(folder) / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    except OSError as error:
-        if not isinstance(error, FileExistsError):  # what was there before is not ours to remove
-            shutil.rmtree(folder, ignore_errors=True)
-        raise BadInput(f"{folder}: cannot be written ({error.strerror})")
+        with np.load(path, allow_pickle=False) as file:
+            facts, is_ood, *pairs = (file[name] for name in ("facts", "is_ood", *LISTED))
+            entities, relations, regime = json.loads(str(file["names"]))
+        world = build_world(path, facts, is_ood, entities, relations)
+        return world, all_splits(world, [pair.T for pair in pairs]), regime
+    except Exception as error:  # a damaged or foreign archive raises a dozen kinds
+        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or 'is no data file'}")
 
 
-def read_json(folder):
-    """(world, splits) from a folder in that layout, of which test and valid may be a sample.
-    A fact without a type is OOD if no ID composition listed uses it; how many have none is said on
-    stderr. Refuses, with file and item (counted from 0), what is malformed or contradicts another.
-    """
-    names = [token for token in read_list(f"{folder}/vocab.json") if token not in SPECIAL]
-    if re.findall(TOKEN, "".join(map(str, names))) != names or len(set(names)) < len(names):
-        raise BadInput(f"{folder}/vocab.json: must be a list of different tokens like <e_0>")
-    places, kinds, *tokens = zip(*read_items(folder, names))
-    kinds, (h, r1, r2, t) = np.array(kinds), np.array(tokens)
-    def refuse(bad, why):
-        if bad.any():
-            raise BadInput(f"{places[bad.argmax()]}: {why}")
-    facts = kinds == "atomic"
-    if not facts.any():
-        raise BadInput(f"{folder}/train.json: holds no fact")
-    E = 1 + max(h[facts].max(), t[facts].max())
-    refuse(facts & (r1 < E), f"its relation precedes {names[E - 1]}, an entity, in vocab.json")
-    once = np.unique(np.where(facts, h * len(names) + r1, -1), return_index=True)[1]
-    refuse(facts & ~np.isin(np.arange(len(h)), once), "its head and relation have a tail already")
-    plain = [name[1:-1] for name in names]
-    world = world_from_facts(np.stack([h, r1 - E, t], 1)[facts], plain[:E], plain[E:])
-    first, tail = world.find(h, r1 - E), world.tails.ravel()
-    second = np.where(r2 < 0, first, world.find(tail[first], r2 - E))
-    refuse((first < 0) | (second < 0), "train.json lacks a fact of its path")
-    refuse(tail[second] != t, "the facts of train.json lead to another answer")
-    splits = listed_splits(world, first, second, kinds, refuse)
-    typed = len(np.unique(first[np.isin(kinds, ("id_atomic", "ood_atomic"))]))
-    if typed < facts.sum():
-        print(f"{folder}: {facts.sum() - typed} of {facts.sum()} facts carry no type; with those "
-              f"in no ID composition {world.is_ood.sum()} count as OOD", file=sys.stderr)
-    return world, splits
+# ---------------------------------------------------------------- settings
+LIMITS = {"n_entities": (2, 10**6), "n_relations": (1, 10**5), "out_degree": (1, 10**5),
+          "ood_fraction": (0, 1), "phi": (0, 10**5), "data_seed": (0, 2**63 - 1),
+          "new_facts": (0, 10**7), "kept": (0, 1), "new_k1": (0, 10**5), "new_k2": (0, 10**5)}
+MOST = 50_000_000  # 60 times the compositions of the paper's world
 
 
-def listed_splits(world, first, second, kinds, refuse):
-    """The splits that items (first, second) of these kinds list; the mixed ones are complete."""
-    ood, of = world.is_ood.ravel(), lambda *wanted: np.isin(kinds, wanted)
-    ood[world.facts] = True
-    for kind in ("train_inferred", "test_id", "ood_atomic", "test_ood"):  # the later ones prevail
-        ood[first[kinds == kind]] = ood[second[kinds == kind]] = "ood" in kind
-    refuse(of("id_atomic", "test_id") & (ood[first] | ood[second]), "is ID, but OOD elsewhere")
-    paths, width = compositions(world), world.relations.shape[1]
-    number = lambda first, second: first * width + second % width  # second starts at first's tail
-    row = np.searchsorted(number(*paths), number(first, second))
-    trained = np.isin(row, row[of("train_inferred")])
-    refuse(of("test_id", "test_ood") & trained, "is a training composition, too")
-    listed = {name: list(dict.fromkeys(row[of(name)].tolist())) for name in SPLITS[2:5]}
-    for name in listed:
-        if not listed[name]:
-            raise BadInput(f"the data set lists nothing for {name}")
-    return all_splits(world, *paths, listed)
+def check_settings(config, limits):
+    """The config; BadInput for a field of another type, or outside (least, most) or (choices)."""
+    for field in fields(config):
+        name, kind, value = field.name, field.type, getattr(config, field.name)
+        if type(value) is not kind and (type(value), kind) != (int, float):
+            raise BadInput(f"{name} = {value!r}: must be {kind.__name__}")
+        if kind is str and value not in limits[name]:
+            raise BadInput(f"{name} = {value}: must be one of {', '.join(limits[name])}")
+        if kind in (int, float) and not limits[name][0] <= value <= limits[name][1]:
+            raise BadInput(f"{name} = {value}: must lie in [{limits[name][0]}, {limits[name][1]}]")
+    return config
 
 
-def read_list(path):
-    items = read_text(path, json.loads)
-    if not isinstance(items, list) or not items:
-        raise BadInput(f"{path}: must be a JSON list that is not empty")
-    return items
-
-
-def read_items(folder, names):
-    """Yield (place, kind, h, r1, r2, t) for every item; tokens by number, -1 for no r2."""
-    number_of = {None: -1, **{name: number for number, name in enumerate(names)}}
-    split_of = {**{kind: name for name, kind in TYPES.items()}, "train_inferred": "copy"}
-    untyped = {"train": ("atomic", "train_inferred"), "valid": (None, "test_ood"), "test": None}
-    for file, assumed in untyped.items():
-        for i, item in enumerate(read_list(f"{folder}/{file}.json")):
-            place = f"{folder}/{file}.json, item {i}"
-            try:
-                text, h, r1, r2, t = ITEM.fullmatch(item.get("target_text")).groups()
-                kind = assumed[r2 is not None] if assumed else split_of.get(item.get("type"))
-                if text != item.get("input_text") or ("atomic" in kind) != (r2 is None):
-                    raise ValueError
-                yield place, kind, number_of[h], number_of[r1], number_of[r2], number_of[t]
-            except KeyError as error:
-                raise BadInput(f"{place}: token {error.args[0]} is not in vocab.json")
-            except (AttributeError, TypeError, ValueError):
-                raise BadInput(f"{place}: must be <h><r1> or <h><r1><r2>, then <t></a>; type fit")
-
-
-def main(argv=None):
-    """Write a data set in the layout of the public GrokkedTransformer; 2 for bad input, else 0."""
-    parser = Parser(prog="data.py", allow_abbrev=False, description=main.__doc__.split(";")[0])
-    parser.add_argument("--export", required=True, metavar="DIR", help="a folder to make")
-    parser.add_argument("--regime", default="natural", help=f"{', '.join(REGIMES)} (natural)")
-    parser.add_settings(WorldConfig, "world")
-    try:
-        given = parser.parse(sys.argv[1:] if argv is None else argv)
-        config = settings(WorldConfig, given)
-        if config.new_facts:
-            raise BadInput(f"new_facts = {config.new_facts}: must be 0 here, for grok.py adds them")
-        world = make_world(config)
-        write_json(world, make_splits(world, config, given["regime"]), given["export"])
-    except BadInput as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def describe_fields(cls):
+    """{field: its comment in the source of the settings dataclass}."""
+    return dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(cls), re.MULTILINE))

@@ -1,189 +1,215 @@
 """A tiny parameter-sharing transformer that groks two-hop composition, and the loop that trains it.
 
-`python grok.py --help` lists every setting and its default. Paper: He et al., "Is Grokking
-Worthwhile?", arXiv 2601.09049. Words used throughout:
+    python grok.py                      train the default run, a few minutes on two CPU cores
+    python grok.py --help               every setting
+
+Paper: He et al., "Is Grokking Worthwhile?", arXiv 2601.09049. Words used throughout:
 
     B  queries in a batch            h, r1, r2  head entity and the two relations of a query
-    T  token positions (3 or 4)      b, t       bridge entity; tail entity, the answer
-    D  width of the model            state      what a loop hands to the next, (B, T, D)
-    V  tokens of the vocabulary      site       (loop, position): where a state can be read
+    T  positions (3, or 4)           b, t       bridge entity; the answer
+    D  width of the model            loop       one pass through the block
+    V  tokens of the vocabulary      state      what a loop hands to the next, (B, T, D)
+                                     mixed      what mixing found inside a loop, (B, T, D)
 """
+import argparse
 import copy
 import hashlib
 import io
 import json
 import math
 import os
-import shlex
-import signal
-import subprocess
 import sys
 import time
-import warnings
-from concurrent.futures import ThreadPoolExecutor
+import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
-from data import (add_facts, BadInput, make_splits, make_world, Parser, read_facts, read_json,
-                  read_text, REGIMES, setting, settings, WorldConfig)
+from data import (add_facts, BadInput, check_settings, describe_fields, LIMITS, make_splits,
+                  make_world, read_data, read_facts, REGIMES, TRAINED, WorldConfig)
 
-LENGTH = {"causal": 3, "bidirectional": 4}  # h r1 r2; bidirectional: and a blank for the answer
-INGREDIENTS = ("restart", "bare_mlp", "unit_vectors", "fixed_scale")  # what Config.without drops
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @dataclass(frozen=True)
 class Config:
-    """The model and its training. Wang et al. train the ordinary transformer, `shared` False."""
-    layout: str = setting("causal", None, None, "what attention sees; bidirectional: the paper's",
-                          tuple(LENGTH))
-    shared: bool = setting(True, None, None, "one block for all loops; false: one block a loop")
-    without: str = setting("nothing", None, None, f"leave out {' or '.join(INGREDIENTS)}",
-                           ("nothing", *INGREDIENTS))
-    d_model: int = setting(64, 4, 2**14, "width D")
-    n_heads: int = setting(1, 1, 2**7, "attention heads")
-    n_loops: int = setting(4, 1, 2**7, "passes through the block")
-    logit_scale: float = setting(0.8, 1e-6, 1e6, "logits = scale * sqrt(D) * cosine, not learned")
-    lr: float = setting(4e-3, 0.0, 10.0, "AdamW step size, constant after the warm-up")
-    weight_decay: float = setting(0.3, 0.0, 1e3, "AdamW weight decay, on every parameter")
-    batch_size: int = setting(256, 1, 2**20, "queries a step")
-    steps: int = setting(7000, 1, 10**9, "training steps")
-    warmup: int = setting(200, 0, 10**9, "steps of linear warm-up")
-    ema: float = setting(0.995, 0.0, 1.0, "decay of the averaged weights that are evaluated")
-    atomic_share: float = setting(0.4, 0.0, 1.0, "share of a batch that is atomic facts")
-    min_loops: int = setting(2, 1, 2**7, "the answer is trained after this loop and every later")
-    bf16: bool = setting(False, None, None, "train with matrix products in bfloat16")
-    eval_every: int = setting(100, 1, 10**9, "steps between evaluations")
-    seed: int = setting(0, 0, 2**63 - 1, "seed of initialisation and batches")
-
-
-PRESETS = {  # name: (what it is for, world settings, model settings)
-    "tiny": ("minutes on two CPU cores", {}, {}),
-    "bidirectional": ("the paper's layout, which takes longer", {},
-                      dict(layout="bidirectional", d_model=96, n_heads=2, logit_scale=0.6,
-                           atomic_share=0.5, steps=9000)),
-    "tune": ("new facts for a model of preset tiny, named by --start",
-             dict(new_facts=140, kept=0.21), dict(lr=2e-3, steps=500, eval_every=50)),
-    "smoke": ("seconds, for the tests",
-              dict(n_entities=12, n_relations=8, out_degree=6, ood_fraction=0.2, phi=4.0),
-              dict(d_model=32, n_loops=3, batch_size=64, steps=200, warmup=20, eval_every=50)),
-    "growth": ("a larger world; see the README for still larger ones", dict(n_entities=100),
-               dict(d_model=192, n_heads=2, logit_scale=0.45, lr=2.7e-3, weight_decay=0.36,
-                    atomic_share=0.6, bf16=True, steps=4000, eval_every=200)),
-    "paper": ("the paper's world, for one GPU",
-              dict(n_entities=2000, n_relations=200, out_degree=20, ood_fraction=0.05, phi=18.0),
-              dict(d_model=2048, n_heads=16, logit_scale=0.2, atomic_share=0.6, bf16=True,
-                   batch_size=1024, lr=5e-4, steps=40000, warmup=1000, eval_every=500)),
-}
+    """The model and its training."""
+    layout: str = "causal"     # causal: h r1 r2, answered at r2; bidirectional: and a blank (paper)
+    mixing: str = "attention"  # between positions: attention, or tokens, an MLP over them (paper)
+    tied: bool = True          # one matrix reads tokens and gives answers; false: two (paper)
+    copy: bool = False         # graded are all tokens of the sequence (paper), or the answer alone
+    min_loops: int = 2         # graded are this loop and every later one; n_loops: the last (paper)
+    restart: bool = True       # a loop adds what it mixed to the input; false: to the last state
+    mlp_residual: bool = False  # add the MLP's input to its output
+    n_blocks: int = 1          # blocks, used in turn; n_loops of them: an ordinary transformer
+    slots: int = 0             # scratch positions after the sequence, learned vectors (paper: 16)
+    d_model: int = 64          # width D
+    n_heads: int = 1           # attention heads
+    n_loops: int = 4           # passes through a block
+    logit_scale: float = 0.8   # logits = scale * sqrt(D) * cosine, not learned
+    lr: float = 4e-3           # AdamW step size, constant after the warm-up
+    weight_decay: float = 0.3  # AdamW weight decay, on every parameter
+    batch_size: int = 256      # queries a step
+    steps: int = 7000          # training steps
+    warmup: int = 200          # steps of linear warm-up
+    ema: float = 0.995         # decay of the averaged weights, which are the ones evaluated
+    atomic_share: float = 0.4  # share of a batch that is facts; 0: all rows alike (paper)
+    bf16: bool = False         # train with matrix products in bfloat16
+    eval_every: int = 100      # steps between evaluations
+    seed: int = 0              # seed of initialisation and batches
 
 
 # ---------------------------------------------------------------- the model
+LENGTH = {"causal": 3, "bidirectional": 4}  # positions: h r1 r2; and a blank for the answer
+
 
 def rms_norm(x):
     """x scaled to root mean square 1 along its last axis; no gain is learned."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def rotate(x, positions):
-    """RoPE: turn pairs of channels of x (..., T, d) by angles proportional to the position."""
-    half = x.shape[-1] // 2
-    speed = 100.0 ** (-torch.arange(half, device=x.device) / half)
-    angle = positions[:, None] * speed                                          # (T, d/2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+def rotate(x, cos, sin):
+    """RoPE: turn x (..., T, d) by the angles of its positions; channel i pairs with i + d/2."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def attend(q, k, v, causal):
-    """Softmax attention over (B, heads, T, d), written out to be read."""
-    score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])                    # (B, heads, T, T)
+    """Softmax attention over (..., T, d), written out to be read."""
+    score = q @ k.mT / math.sqrt(q.shape[-1])                                   # (..., T, T)
     if causal:
         future = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         score = score.masked_fill(future, -torch.inf)
     return score.softmax(-1) @ v
 
 
-class Block(nn.Module):
-    """Attention over the state, then a gated MLP on (input + what was attended).
+class Attention(nn.Module):
+    """Mixing by attention with rotary positions."""
 
-    Two departures from the usual block, each with a row in the README: the residual restarts from
-    the *input* embedding, so every loop looks at the question afresh, and the MLP is bare, without
-    a residual around it, so the old state is passed on through attention only.
-    """
-
-    def __init__(self, config):
+    def __init__(self, config, T):
         super().__init__()
-        D, hidden = config.d_model, 8 * config.d_model // 3
-        self.n_heads, self.causal = config.n_heads, config.layout == "causal"
-        self.without = config.without
+        D, self.n_heads, self.causal = config.d_model, config.n_heads, config.layout == "causal"
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.out = nn.Linear(D, D, bias=False)
-        self.gate_up = nn.Linear(D, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, D, bias=False)
+        half = D // config.n_heads // 2
+        angle = torch.arange(T)[:, None] * 100.0 ** (-torch.arange(half) / half)    # (T, d/2)
+        self.register_buffer("cos", torch.cat([angle.cos()] * 2, -1), persistent=False)
+        self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], -1), persistent=False)
 
-    def forward(self, state, x):
-        """state (B, T, D) after the previous loop, x (B, T, D) the input -> state (B, T, D)."""
+    def forward(self, state):
         B, T, D = state.shape
         heads = self.qkv(state).view(B, T, 3, self.n_heads, D // self.n_heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4)                                  # (B, heads, T, d)
-        positions = torch.arange(T, device=x.device)
-        mixed = attend(rotate(q, positions), rotate(k, positions), v, self.causal)
-        mixed = mixed.transpose(1, 2).reshape(B, T, D)                          # heads side by side
-        found = rms_norm((state if self.without == "restart" else x) + self.out(mixed))
+        q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+        found = attend(q, k, v, self.causal)
+        return self.out(found.transpose(1, 2).reshape(B, T, D))                 # heads side by side
+
+
+class TokenMixing(nn.Module):
+    """Mixing by a gated MLP along the positions, each with weights of its own (the paper's TRM)."""
+
+    def __init__(self, config, T):
+        super().__init__()
+        self.gate_up = nn.Linear(T, 8 * T, bias=False)
+        self.down = nn.Linear(4 * T, T, bias=False)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, state):
+        B, T, D = state.shape
+        columns = state.transpose(0, 1).reshape(T, B * D)  # four times as fast as (B, D, T) here
+        gate, up = (self.gate_up.weight @ columns).chunk(2, dim=0)              # (4T, B * D) each
+        found = self.down.weight @ (F.silu(gate) * up)                          # (T, B * D)
+        return self.out(found.view(T, B, D).transpose(0, 1))
+
+
+class Block(nn.Module):
+    """Mixing between the positions of the state, then a gated MLP on (input + what was mixed).
+
+    By default it departs from the usual block twice: a loop restarts from the *input*, and the MLP
+    has no residual around it, so the old state is passed on through mixing alone.
+    """
+
+    def __init__(self, config, T):
+        super().__init__()
+        D, hidden = config.d_model, 8 * config.d_model // 3
+        self.config = config
+        self.mix = (Attention if config.mixing == "attention" else TokenMixing)(config, T)
+        self.gate_up = nn.Linear(D, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, D, bias=False)
+
+    def forward(self, state, x, edit):
+        """state (B, T, D) after the previous loop, x (B, T, D) the input -> state (B, T, D)."""
+        mixed = edit("mixed", self.mix(state))
+        found = rms_norm((x if self.config.restart else state) + mixed)
         gate, up = self.gate_up(found).chunk(2, dim=-1)
         new = self.down(F.silu(gate) * up)
-        return rms_norm(found + new if self.without == "bare_mlp" else new)
+        return edit("state", rms_norm(found + new if self.config.mlp_residual else new))
 
 
 class LoopedTransformer(nn.Module):
-    """One block applied n_loops times: the parameter sharing of the paper's model (TRM)."""
+    """One block applied n_loops times: the parameter sharing of the paper's model (Figure 1)."""
 
     def __init__(self, config, n_entities, n_relations):
         super().__init__()
         self.config, self.blank = config, n_entities + n_relations
-        self.embedding = nn.Parameter(torch.empty(self.blank + 1, config.d_model))
-        n_blocks = 1 if config.shared else config.n_loops
-        self.blocks = nn.ModuleList(Block(config) for _ in range(n_blocks))
-        for name, weight in self.named_parameters():
-            fan_in = 1 if name == "embedding" else weight.shape[1]
-            nn.init.normal_(weight, std=fan_in ** -0.5)
-        self.scale = config.logit_scale
-        if config.without == "fixed_scale":
-            self.scale = nn.Parameter(torch.tensor(config.logit_scale))
-
-    def vectors(self):
-        """The vectors (V, D) of all tokens, the same for reading and for answering."""
-        normal = self.config.without != "unit_vectors"
-        return rms_norm(self.embedding) if normal else self.embedding
+        D, T = config.d_model, LENGTH[config.layout] + config.slots
+        self.embedding = nn.Parameter(torch.empty(self.blank + 1, D))
+        if not config.tied:
+            self.head = nn.Parameter(torch.empty(self.blank + 1, D))
+        if config.slots:
+            self.scratch = nn.Parameter(torch.empty(config.slots, D))
+        with torch.random.fork_rng(devices=[]):  # leaves the global random state as it was
+            torch.manual_seed(config.seed)
+            self.blocks = nn.ModuleList(Block(config, T) for _ in range(config.n_blocks))
+            for name, weight in self.named_parameters():
+                fan_in = weight.shape[1] if name.startswith("blocks") else 1
+                nn.init.normal_(weight, std=fan_in ** -0.5)
 
     def forward(self, tokens, n_loops=None, edit=None):
         """tokens (B, T) -> logits (B, V) at each query's answer position.
 
-        `edit(loop, state) -> state` is called after every loop with the state (B, T, D): the one
-        hook behind the logit lens and all activation patching.
+        `edit(loop, part, value) -> value` is called in every loop with ("mixed", (B, T, D)), then
+        with ("state", (B, T, D)): the one hook behind loss, lens, probe and all patching.
         """
-        x = state = self.vectors()[tokens]                                      # (B, T, D)
-        for loop in range(n_loops or self.config.n_loops):
-            # the sharing: every pass goes through the same block
-            block = self.blocks[0 if self.config.shared else loop]
-            state = block(state, x)
-            if edit is not None:
-                state = edit(loop, state)
+        def edited(part, value):
+            new = value if edit is None else edit(loop, part, value)
+            if not isinstance(new, torch.Tensor):
+                raise TypeError("edit(loop, part, value) must return the value to go on with")
+            return new
+
+        x = rms_norm(self.embedding)[tokens]                                    # (B, T, D)
+        if self.config.slots:
+            x = torch.cat([x, rms_norm(self.scratch).expand(len(tokens), -1, -1)], 1)
+        state = x
+        for loop in range(self.config.n_loops if n_loops is None else n_loops):
+            # the sharing: with one block, every loop goes through the same weights
+            state = self.blocks[loop % self.config.n_blocks](state, x, edited)
         return self.unembed(self.read(state, tokens))
 
+    def answer_position(self, tokens):
+        """(B,): the first blank, or in the causal layout the last token."""
+        return (tokens != self.blank).sum(1) - int(self.config.layout == "causal")
+
     def read(self, state, tokens):
-        """The state at the answer position, (B, D): the first blank, or, causal, the last token."""
-        place = (tokens != self.blank).sum(1) - int(self.config.layout == "causal")
-        return state[torch.arange(len(tokens), device=tokens.device), place]
+        """The state at the answer position, (B, D)."""
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return state[rows, self.answer_position(tokens)]
+
+    def vectors(self):
+        """The unembedding vectors (V, D): what the lens compares a state with."""
+        return rms_norm(self.embedding if self.config.tied else self.head)
 
     def unembed(self, state):
-        """Logits (..., V) of any state (..., D): scaled cosines with the token embeddings."""
-        return self.scale / math.sqrt(self.config.d_model) * (state @ self.vectors().T)
+        """Logits (..., V) of any state (..., D): scaled cosines with the unembedding vectors."""
+        scale = self.config.logit_scale / math.sqrt(self.config.d_model)
+        return scale * (state @ self.vectors().T)
 
 
 def to_tokens(queries, world, layout):
@@ -196,64 +222,80 @@ def to_tokens(queries, world, layout):
 
 
 # ---------------------------------------------------------------- what is measured while training
-
-def run_states(model, tokens):
-    """All states of one run of the model, (n_loops, B, T, D)."""
+def run_values(model, tokens):
+    """What was mixed, and the state, of every loop of one run, (n_loops, 2, B, T, D)."""
     kept = []
-    model(tokens, edit=lambda loop, state: kept.append(state) or state)
-    return torch.stack(kept)
+
+    def keep(loop, part, value):
+        kept.append(value)
+        return value
+
+    model(tokens, edit=keep)
+    return torch.stack(kept).unflatten(0, (-1, 2))
 
 
-def bridge_rates(model, tokens, bridges):
-    """Shares of queries whose b is the top-1 token of the logit lens: at `any` site (the paper's
-    measure), at the `best` fixed site, and `_chance`: the same for the bridges of other queries.
+def lens_rates(top, wanted):
+    """How often `wanted` (B,) is the top-1 token in top (n_loops, B, T).
+
+    {"map": (n_loops, T) share at each site; "any": at one site at least (the paper's measure);
+    "best": at one fixed site, chosen on every other query and scored on the rest, None if there is
+    no rest; "best_site": that (loop, position)}.
     """
-    top = model.unembed(run_states(model, tokens)).argmax(-1)                   # (loops, B, T)
-    rates = {}
-    for name, b in (("", bridges), ("_chance", bridges.roll(1))):
-        hit = top == b[None, :, None]
-        rates["any" + name] = hit.any(2).any(0).float().mean().item()
-        rates["best" + name] = hit.float().mean(1).max().item()
-    return rates
+    hit = top == wanted[None, :, None]
+    choice = hit[:, ::2].float().mean(1)                                        # (n_loops, T)
+    loop, position = divmod(choice.argmax().item(), choice.shape[1])
+    scored = hit[loop, 1::2, position].float()
+    return {"map": hit.float().mean(1).tolist(), "any": hit.any(2).any(0).float().mean().item(),
+            "best": scored.mean().item() if len(scored) else None, "best_site": [loop, position]}
 
 
 @torch.no_grad()
 def evaluate(model, exams):
-    """{"accuracy": {split: share right}, "lens": {split: bridge_rates}} over `make_exams`."""
+    """{"accuracy": {split: share right}, "lens": {split of compositions: what the lens reads}}.
+
+    Lens: bridge at "any" site and at the "best" one, each with its chance level, which is the rate
+    of another query's bridge (None if there is no other), and the answer (paper, Figure 2).
+    """
     accuracy, lens = {}, {}
     for split, (tokens, answers, bridges) in exams.items():
-        if len(tokens):
-            accuracy[split] = (model(tokens).argmax(-1) == answers).float().mean().item()
-            if split.startswith("test"):
-                lens[split] = bridge_rates(model, tokens, bridges)
+        states = run_values(model, tokens)[:, 1]                                # (loops, B, T, D)
+        right = model.unembed(model.read(states[-1], tokens)).argmax(-1) == answers
+        accuracy[split] = right.float().mean().item()
+        if split.endswith("atomic") or split == "train_inferred":
+            continue
+        top = model.unembed(states).argmax(-1)                                  # (loops, B, T)
+        seen, chance = lens_rates(top, bridges), lens_rates(top, bridges.roll(1))
+        lens[split] = {"any": seen["any"], "any_chance": chance["any"] if len(top[0]) > 1 else None,
+                       "best": seen["best"], "best_chance": chance["best"],
+                       "answer_any": lens_rates(top, answers)["any"]}
     return {"accuracy": accuracy, "lens": lens}
 
 
 def make_exams(splits, world, layout, device, most=500):
-    """Up to `most` random queries of each split: {split: (tokens, answers, bridges)}."""
-    rng = np.random.default_rng(0)
-    exams = {}
-    for name in splits:
-        chosen = splits[name].take(rng.permutation(len(splits[name].h))[:most])
+    """Up to `most` random queries of each split, {split: (tokens, answers, bridges)}; no empty one.
+    """
+    rng, exams = np.random.default_rng(0), {}
+    for name, asked in splits.items():
+        chosen = asked.take(rng.permutation(len(asked.h))[:most])
         exam = *to_tokens(chosen, world, layout), torch.from_numpy(chosen.b)
-        exams[name] = tuple(column.to(device) for column in exam)
+        if len(chosen.h):
+            exams[name] = tuple(column.to(device) for column in exam)
     return exams
 
 
 # ---------------------------------------------------------------- training
-
 def training_rows(splits, world, layout, device):
-    """All training rows, atomic facts first: tokens (N, T), answers (N,), number of facts."""
-    names = "id_atomic", "ood_atomic", "train_inferred"
-    parts = [to_tokens(splits[name], world, layout) for name in names]
+    """All training rows, facts first: tokens (N, T), answers (N,), number of facts."""
+    parts = [to_tokens(splits[name], world, layout) for name in TRAINED if name in splits]
     tokens, answers = (torch.cat(column).to(device) for column in zip(*parts))
     return tokens, answers, len(parts[0][0]) + len(parts[1][0])
 
 
 def draw(config, n_facts, n_rows, generator):
-    """Row numbers of one batch, with replacement; atomic_share 0: all rows alike (the paper)."""
-    pick = lambda low, high, n: torch.randint(low, high, (n,), generator=generator,
-                                              device=generator.device)
+    """Row numbers of one batch, with replacement; atomic_share 0: all rows alike (paper)."""
+    def pick(low, high, n):
+        return torch.randint(low, high, (n,), generator=generator, device=generator.device)
+
     if config.atomic_share == 0:
         return pick(0, n_rows, config.batch_size)
     atomic = round(config.atomic_share * config.batch_size)
@@ -261,130 +303,124 @@ def draw(config, n_facts, n_rows, generator):
 
 
 def loss_of(model, tokens, answers):
-    """Cross-entropy of the answer, mean over the loops from min_loops on (deep supervision)."""
-    losses = []
+    """Cross-entropy of what is graded, mean over the graded loops (deep supervision, if several).
 
-    def grade(loop, state):
-        if loop + 1 >= min(model.config.min_loops, model.config.n_loops):
-            logits = model.unembed(model.read(state, tokens))
-            losses.append(F.cross_entropy(logits, answers))
+    Graded is the answer; with `copy` every position, which is to show its own token and, at the
+    answer position, the answer (the paper's loss).
+    """
+    place, graded = model.answer_position(tokens)[:, None], []
+    targets = tokens.scatter(1, place, answers[:, None]) if model.config.copy else answers[:, None]
+
+    def keep(loop, part, state):
+        if part == "state" and loop + 1 >= model.config.min_loops:
+            graded.append(state[:, :tokens.shape[1]] if model.config.copy
+                          else model.read(state, tokens)[:, None])
         return state
 
-    model(tokens, edit=grade)
-    return torch.stack(losses).mean()
-
-
-def capture(work, generator):
-    """`work` recorded as a CUDA graph: one launch replays its hundreds of kernels."""
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+    model(tokens, edit=keep)
+    logits = model.unembed(torch.stack(graded))                                 # (G, B, T or 1, V)
+    return F.cross_entropy(logits.flatten(0, 2), targets.repeat(len(graded), 1).flatten())
 
 
 class Trainer:
     """All that changes in a run: weights, their average, optimiser, draws, what was measured."""
 
     def __init__(self, config, world, splits, device):
-        torch.manual_seed(config.seed)
         self.config, self.step, self.history = config, 0, []
-        self.replay, self.alike = None, 0  # the captured step, and how many were alike so far
-        sizes = world.n_entities, world.n_relations
-        self.model = LoopedTransformer(config, *sizes).to(device)
-        self.average = LoopedTransformer(config, *sizes).to(device).requires_grad_(False)
-        self.average.load_state_dict(self.model.state_dict())
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, betas=(0.9, 0.98),
-            weight_decay=config.weight_decay, fused=device.type != "mps")
+        self.model = LoopedTransformer(config, world.n_entities, world.n_relations).to(device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.weights, self.averaged = (list(m.parameters()) for m in (self.model, self.average))
+        self.optimizer = torch.optim.AdamW(self.weights, lr=config.lr, betas=(0.9, 0.98),
+                                           weight_decay=config.weight_decay, fused=True)
         self.generator = torch.Generator(device).manual_seed(config.seed)
-        self.tokens, self.answers, self.n_facts = training_rows(splits, world, config.layout,
-                                                                device)
+        rows = training_rows(splits, world, config.layout, device)
+        self.tokens, self.answers, self.n_facts = rows
         self.exams = make_exams(splits, world, config.layout, device)
         self.losses = torch.zeros(config.eval_every, device=device)
-        rows = torch.cat([self.tokens, self.answers[:, None]], 1).cpu().numpy().tobytes()
-        self.made_of = hashlib.sha256(repr(config).encode() + rows).hexdigest()
+        data = torch.cat([self.tokens, self.answers[:, None]], 1).cpu().numpy().tobytes()
+        settings = repr(replace(config, steps=1)).encode()  # more steps alone may go on
+        self.made_of = hashlib.sha256(settings + data).hexdigest()
         self.began = time.perf_counter()
 
     def train_step(self):
-        """One batch. Leaves the loss on the device; the host does not wait for it."""
+        """One step. The loss stays on the device: the host does not wait for it."""
         config = self.config
-        lr = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup))
-        self.decay = min(config.ema, (self.step + 1) / (self.step + 11))
-        self.alike += lr == config.lr and self.decay == config.ema
-        recording = self.alike == 4 and self.tokens.is_cuda  # three as usual make the moments
         for group in self.optimizer.param_groups:
-            group.update(lr=lr, capturable=recording)
-        if recording:
-            self.replay = capture(self.learn, self.generator)
-        (self.replay or self.learn)()
-        self.losses[self.step % config.eval_every] = self.loss
-        self.step += 1
-
-    def learn(self):
-        """Draw, forward, backward, AdamW, moving average. Nothing here waits for the device, or
-        changes between steps once lr and decay are at their limits: a CUDA graph can replay it."""
-        config = self.config
+            group["lr"] = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup))
         rows = draw(config, self.n_facts, len(self.tokens), self.generator)
         with torch.autocast(self.tokens.device.type, torch.bfloat16, enabled=config.bf16):
             loss = loss_of(self.model, self.tokens[rows], self.answers[rows])
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.loss = loss.detach()
+        decay = min(config.ema, (self.step + 1) / (self.step + 11))
         with torch.no_grad():
-            for mean, weight in zip(self.average.parameters(), self.model.parameters()):
-                mean.lerp_(weight, 1 - self.decay)
-
-    def recent_losses(self):
-        """Losses since the last evaluation, (n,). Raises BadInput if one is not finite."""
-        count = (self.step - 1) % self.config.eval_every + 1
-        bad = (~torch.isfinite(self.losses[:count])).nonzero()
-        if len(bad):
-            raise BadInput(f"loss is not finite at step {self.step - count + 1 + bad[0].item()}: "
-                           f"lower lr = {self.config.lr:g}; the last good checkpoint is kept")
-        return self.losses[:count]
+            torch._foreach_lerp_(self.averaged, self.weights, 1 - decay)
+        self.losses[self.step % config.eval_every] = loss.detach()
+        self.step += 1
 
     def measure(self):
-        """Append one line to the history and return it."""
-        self.history.append({"step": self.step, "loss": self.recent_losses().mean().item(),
+        """Append a line of metrics.jsonl to the history and return it:
+
+        {"step", "loss": mean since the last line, "seconds", "accuracy": {split: share right},
+         "lens": {split: {"any", "any_chance", "best", "best_chance", "answer_any"}}}
+        Raises BadInput if a loss since the last line is not finite.
+        """
+        last, every = self.history[-1]["step"] if self.history else 0, self.config.eval_every
+        losses = self.losses[last % every:(self.step - 1) % every + 1]
+        bad = (~torch.isfinite(losses)).nonzero()
+        if len(bad):
+            raise BadInput(f"loss is not finite at step {last + 1 + int(bad[0])}: lower lr = "
+                           f"{self.config.lr:g}; the last good checkpoint is kept")
+        self.history.append({"step": self.step, "loss": losses.mean().item(),
                              "seconds": round(time.perf_counter() - self.began, 1),
                              **evaluate(self.average, self.exams)})
         return self.history[-1]
 
     def state_dict(self):
+        """What last.pt holds."""
         return {"made_of": self.made_of, "step": self.step, "history": self.history,
-                "losses": self.losses, "model": self.model.state_dict(),
-                "average": self.average.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "draws": self.generator.get_state()}
+                "model": self.model.state_dict(), "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "draws": self.generator.get_state()}
 
     def load_state_dict(self, saved):
-        if saved["made_of"] != self.made_of:
-            raise ValueError("other settings or other data")
+        """Go on from what last.pt holds."""
+        for name in ("model", "average", "optimizer"):
+            getattr(self, name).load_state_dict(saved[name])
+        if len(saved["draws"]) == len(self.generator.get_state()):
+            self.generator.set_state(saved["draws"])
+        else:  # begun on another kind of device
+            self.generator.manual_seed(self.config.seed + saved["step"])
         self.step, self.history = saved["step"], saved["history"]
-        self.replay, self.alike = None, 0
-        self.began -= self.history[-1]["seconds"] if self.history else 0.0
-        self.losses.copy_(saved["losses"])
-        self.model.load_state_dict(saved["model"])
-        self.average.load_state_dict(saved["average"])
-        for group in saved["optimizer"]["param_groups"]:
-            group["fused"] = self.optimizer.defaults["fused"]
-        self.optimizer.load_state_dict(saved["optimizer"])
-        draws = saved["draws"].cpu()
-        if draws.dtype == torch.uint8 and len(draws) != len(self.generator.get_state()):
-            self.generator.manual_seed(self.config.seed + self.step)  # begun on another device
-        else:
-            self.generator.set_state(draws)
+        self.began = time.perf_counter() - self.history[-1]["seconds"]
+
+
+def train(trainer, folder):
+    """Train to the end; leaves in `folder` metrics.jsonl (a line an evaluation, see `measure`),
+    before.pt (weights at the first evaluation with training >= .99) and after.pt (at the end)."""
+    while trainer.step < trainer.config.steps:
+        trainer.train_step()
+        if trainer.step % trainer.config.eval_every == 0 or trainer.step == trainer.config.steps:
+            right = trainer.measure()["accuracy"]["train_inferred"]
+            if right >= 0.99 and not (folder / "before.pt").exists():
+                save_weights(trainer, folder / "before.pt")
+            lines = [json.dumps(line) + "\n" for line in trainer.history]
+            write_file(folder / "metrics.jsonl", "".join(lines).encode())
+            write_checkpoint(folder / "last.pt", trainer.state_dict())
+            say_progress(trainer)
+    save_weights(trainer, folder / "after.pt")
 
 
 # ---------------------------------------------------------------- the run folder
+WEIGHTS = {"before": "before.pt", "grokked": "after.pt"}
 
-def write_text(path, text):
-    """Write text, or bytes: killed at any moment, the path holds all of the new or of the old."""
+
+def write_file(path, content):
+    """Write bytes: killed at any moment, the path holds all of the new or all of the old."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(text.encode() if isinstance(text, str) else text)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -396,290 +432,318 @@ def write_text(path, text):
 def write_checkpoint(path, content):
     buffer = io.BytesIO()  # torch.save hides the reason when a disk is full
     torch.save(content, buffer)
-    write_text(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def save_weights(trainer, path):
-    """Write the averaged weights alone, as before.pt or after.pt: in half precision if that leaves
-    every accuracy as it was just measured."""
-    weights = trainer.average.state_dict()
-    half = {name: w.half() for name, w in weights.items()}
-    rounded = copy.deepcopy(trainer.average)
+    """Write the averaged weights, in half precision if that leaves every accuracy as measured."""
+    exact, rounded = trainer.average.state_dict(), copy.deepcopy(trainer.average)
+    half = {name: weight.half() for name, weight in exact.items()}
     rounded.load_state_dict(half)
-    if evaluate(rounded, trainer.exams)["accuracy"] == trainer.history[-1]["accuracy"]:
-        weights = half
-    write_checkpoint(path, {"step": trainer.step, "weights": weights})
+    same = evaluate(rounded, trainer.exams)["accuracy"] == trainer.history[-1]["accuracy"]
+    write_checkpoint(path, {"step": trainer.step, "weights": half if same else exact})
 
 
-def save(trainer, folder):
-    """Write last.pt, from which the run resumes, and metrics.jsonl, which it contains."""
-    trainer.recent_losses()  # an interrupt may come between a bad loss and the next evaluation
-    write_checkpoint(folder / "last.pt", trainer.state_dict())
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in trainer.history))
-
-
-@contextmanager
-def opened(path):
-    """The content of a .json or .pt file; what fails with it, inside the `with`, is one line."""
+def read_checkpoint(path, names):
+    """A .pt file with these entries. It runs no code, and finds a flipped bit."""
+    content = path.read_bytes()
     try:
-        with warnings.catch_warnings(record=True):  # weights_only: runs no code from the file
-            yield (json.loads(path.read_bytes()) if path.suffix == ".json" else
-                   torch.load(path, map_location="cpu", weights_only=True))
-    except (BadInput, OSError) as error:
-        raise BadInput(f"{path}: {error}")
-    except Exception as error:  # a damaged file makes torch raise many kinds
-        raise BadInput(f"{path}: is damaged or of another run ({type(error).__name__})")
+        whole = zipfile.ZipFile(io.BytesIO(content)).testzip() is None  # torch.load does not look
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # both raise many kinds for a damaged file
+        raise BadInput(f"{path}: is damaged ({type(error).__name__})")
+    if not whole or not isinstance(saved, dict) or not saved.keys() >= set(names):
+        raise BadInput(f"{path}: is damaged, or another kind of file")
+    return saved
+
+
+def load_weights(model, path):
+    """Put the weights of before.pt or after.pt into the model."""
+    weights = read_checkpoint(path, ("step", "weights"))["weights"]
+    found = weights.items() if isinstance(weights, dict) else ()
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    if {name: getattr(weight, "shape", None) for name, weight in found} != shapes:
+        raise BadInput(f"{path}: holds no weights of this model")
+    model.load_state_dict({name: weight.float() for name, weight in found})
+
+
+def read_json(path, names):
+    """The JSON objects, with these entries, of a file: one a line (.jsonl), or one (.json)."""
+    text = path.read_bytes()
+    try:
+        parts = text.splitlines() if path.suffix == ".jsonl" else [text]
+        values = [json.loads(part) for part in parts]
+    except (ValueError, RecursionError):
+        values = []
+    if not values or not all(isinstance(v, dict) and v.keys() >= set(names) for v in values):
+        raise BadInput(f"{path}: is damaged, or another kind of file")
+    return values
+
+
+def read_config(folder):
+    """config.json of a run folder, as `describe` made it."""
+    path = Path(folder, "config.json")
+    about = read_json(path, ("preset", "regime", "world", "model"))[0]
+    for part, cls in (("world", WorldConfig), ("model", Config)):
+        if not isinstance(about[part], dict) or set(about[part]) != set(names_of(cls)):
+            raise BadInput(f"{path}: {part} lacks or does not know a setting")
+        check(cls(**about[part]))
+    return about
 
 
 def read_run(folder):
-    """(config.json as a dict, metrics.jsonl as a list of dicts) of a run folder."""
-    lines = read_text(Path(folder) / "metrics.jsonl").splitlines()
-    with opened(Path(folder) / "config.json") as about:
-        for part, cls in (("world", WorldConfig), ("model", Config)):
-            if asdict(settings(cls, about[part])) != about[part]:
-                raise BadInput(f"{part} lacks or does not know a setting")
-        history = [json.loads(line) for line in lines]
-        milestones(history), history[-1]["step"]
-    return about, history
+    """(config.json, see `describe`; metrics.jsonl as a list, see `measure`) of a run folder."""
+    names = "step", "loss", "seconds", "accuracy", "lens"
+    return read_config(folder), read_json(Path(folder, "metrics.jsonl"), names)
 
 
-def load_run(folder, weights="after"):
-    """(model, world, splits) of a run, averaged weights `before` or `after` grokking, on CPU."""
-    about, _ = read_run(folder)
-    with opened(Path(folder) / f"{weights}.pt") as saved:
-        world, splits = build_data(WorldConfig(**about["world"]), about["regime"],
-                                   about.get("source"))
-        model = LoopedTransformer(Config(**about["model"]), world.n_entities, world.n_relations)
-        model.load_state_dict({name: w.float() for name, w in saved["weights"].items()})
+def load_run(folder, weights="grokked"):
+    """(model, world, splits) of a run, on the CPU; its weights "before" or "grokked"."""
+    about = read_config(folder)
+    world, splits = build_data(about, folder)
+    model = LoopedTransformer(Config(**about["model"]), world.n_entities, world.n_relations)
+    load_weights(model, Path(folder, WEIGHTS[weights]))
     return model.eval().requires_grad_(False), world, splits
 
 
-def build_data(config, regime, source=None):
-    """(world, splits) made from the settings or read from the --data or --facts of config.json,
-    with new facts if there are any to add."""
-    if source and digest(source["path"]) != source["sha256"]:
-        raise BadInput(f"{source['path']}: has changed since the run began")
+def build_data(about, folder="."):
+    """(world, splits) of a run: made from its settings, or read from the file that it names, which
+    is looked for from the run's folder; then with new facts, if there are any to add."""
+    config, source = WorldConfig(**about["world"]), about.get("source")
+    path = Path(folder, source["path"]) if source else None
+    if source and digest(path) != source["sha256"]:
+        raise BadInput(f"{path}: has changed since the run began")
     if source and source["kind"] == "data":
-        world, splits = read_json(source["path"])
+        world, splits, _ = read_data(path)
     else:
-        world = read_facts(source["path"], config) if source else make_world(config)
-        splits = make_splits(world, config, regime)
+        world = read_facts(path, config) if source else make_world(config)
+        splits = make_splits(world, config, about["regime"])
     return add_facts(world, splits, config) if config.new_facts else (world, splits)
 
 
 def digest(path):
-    """SHA-256 of a file, or of the four files of a data set."""
-    names = [f"{path}/{name}.json" for name in ("train", "valid", "test", "vocab")]
-    files = names if Path(path).is_dir() else [path]
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-# ---------------------------------------------------------------- one run from start to end
+@contextmanager
+def owned(folder):
+    """One process at a time in a run folder; the second is told which one holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "owner.tmp", "a+", encoding="utf-8") as file:
+        try:
+            if fcntl is not None:  # Windows has no such lock
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise BadInput(f"{folder}: process {file.read().strip()} trains here")
+        file.truncate(0)
+        print(os.getpid(), file=file, flush=True)
+        try:
+            yield
+        finally:
+            (folder / "owner.tmp").unlink(missing_ok=True)
 
-def train(folder, about, world, splits):
-    """Train the run that `about` describes, or go on where it stopped, till its end or Ctrl-C.
 
-    Leaves in `folder`: config.json, metrics.jsonl (a line an evaluation), before.pt (weights when
-    the training compositions are first >= .99), after.pt (at the end), curves.png.
-    """
-    config, interrupts = settings(Config, about["model"]), []
-    trainer = Trainer(config, world, splits, torch.device(about["device"]))
-    if "start" in about:
-        with opened(Path(about["start"]["path"]) / "after.pt") as saved:
-            for model in trainer.model, trainer.average:
-                model.load_state_dict({name: w.float() for name, w in saved["weights"].items()})
-    resume(trainer, folder, about)
-    usual = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
-    try:
-        while trainer.step < config.steps and not interrupts:
-            trainer.train_step()
-            if trainer.step % config.eval_every == 0 or trainer.step == config.steps:
-                right = trainer.measure()["accuracy"]["train_inferred"]
-                if right >= 0.99 and not (folder / "before.pt").exists():
-                    save_weights(trainer, folder / "before.pt")
-                save(trainer, folder)
-                say_progress(trainer)
-        save(trainer, folder)
-        if trainer.step == config.steps:
-            save_weights(trainer, folder / "after.pt")
-            save_figure(plot_curves(folder), folder / "curves.png")
-    finally:
-        signal.signal(signal.SIGINT, usual)
+def is_done(folder, about):
+    """Whether this run lies in the folder, finished. Refuses a folder that holds a run of other
+    settings, naming one; more steps alone are the same run, which goes on."""
+    if not (folder / "config.json").exists():
+        return False
+    found = read_config(folder)
+    old, new = identity(found), identity(about)
+    for name in new:
+        if new[name] != old[name]:
+            raise BadInput(f"{name} = {new[name]}: {folder} holds a run with {name} = {old[name]}; "
+                           "choose another --out")
+    steps, last, end = about["model"]["steps"], folder / "last.pt", folder / "after.pt"
+    ended = read_checkpoint(end, ("step", "weights"))["step"] if end.exists() else 0
+    if steps < found["model"]["steps"] or 0 < ended < steps and not last.exists():
+        raise BadInput(f"steps = {steps}: {folder} holds a run of {found['model']['steps']}, which "
+                       "can only go on, and only from its last.pt; choose another --out")
+    return steps == ended
+
+
+def identity(about):
+    """What makes a run the run it is: not how long it trains, nor where its files lie."""
+    files = {name: about.get(name, {}).get("sha256") for name in ("source", "start")}
+    return {**about["world"], **about["model"], "regime": about["regime"], **files, "steps": None}
+
+
+def begin(about, world, splits):
+    """The Trainer of the run that `describe` describes."""
+    trainer = Trainer(Config(**about["model"]), world, splits, torch.device(about["device"]))
+    start = about.get("start", {"weights": "none"})
+    if start["weights"] in WEIGHTS:
+        load_weights(trainer.model, Path(start["path"], WEIGHTS[start["weights"]]))
+        trainer.average.load_state_dict(trainer.model.state_dict())
     return trainer
 
 
-def resume(trainer, folder, about):
-    """Load last.pt if there is one; refuse a folder that holds a run of other settings."""
-    if (folder / "config.json").exists():
-        parts = lambda a: {"data": a.get("source", {"sha256": ""})["sha256"], "regime": a["regime"],
-                           "start": a.get("start", {"sha256": ""})["sha256"],
-                           "world": json.dumps(a["world"]), "model": json.dumps(a["model"])}
-        with opened(folder / "config.json") as found:
-            other = [name for name in parts(about) if parts(about)[name] != parts(found)[name]]
-        if other:
-            raise BadInput(f"{folder}: holds a run of other settings ({', '.join(other)}); "
-                           "choose another --out")
+def resume(trainer, about, folder):
+    """Go on where last.pt, if there is one, left the run; write config.json, in which paths are
+    seen from the folder."""
     if (folder / "last.pt").exists():
-        with opened(folder / "last.pt") as saved:
-            trainer.load_state_dict(saved)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", json.dumps(about, indent=1) + "\n")
+        saved = read_checkpoint(folder / "last.pt", trainer.state_dict())
+        if saved["made_of"] != trainer.made_of:
+            raise BadInput(f"{folder}/last.pt: is of another run")
+        trainer.load_state_dict(saved)
+    written = copy.deepcopy(about)
+    for entry in (written[name] for name in ("source", "start") if name in written):
+        entry["path"] = os.path.relpath(os.path.realpath(entry["path"]), os.path.realpath(folder))
+    write_file(folder / "config.json", (json.dumps(written, indent=1) + "\n").encode())
 
 
-def say_progress(trainer):
-    """One line: rewritten in place on a terminal, one an evaluation when piped."""
-    line, steps, terminal = trainer.history[-1], trainer.config.steps, sys.stdout.isatty()
-    right, rate = line["accuracy"], line["step"] / max(0.1, line["seconds"])
-    minutes, seconds = divmod(round((steps - line["step"]) / rate), 60)
-    print(f"{chr(13) * terminal}step {line['step']:>6} {line['step'] / steps:4.0%}  loss "
-          f"{line['loss']:.3f}  train {right['train_inferred']:.3f}  ID {right['test_id']:.3f}  "
-          f"OOD {right['test_ood']:.3f}  {rate:.1f} steps/s  {minutes}:{seconds:02} left",
-          end="" if terminal else "\n", flush=True)
+# ---------------------------------------------------------------- settings
+PRESETS = {  # name: (what it is for, world settings, model settings)
+    "tiny": ("minutes on two CPU cores", {}, {}),
+    "small": ("the paper's conditions, in small", {},
+              dict(layout="bidirectional", mixing="tokens", tied=False, copy=True, min_loops=4,
+                   d_model=96, logit_scale=0.9, atomic_share=0.2, steps=3000)),
+    "tune": ("new facts for the run that --start names",
+             dict(new_facts=140, kept=0.21), dict(lr=2e-3, steps=500, eval_every=50)),
+    "smoke": ("seconds, for the tests",
+              dict(n_entities=12, n_relations=8, out_degree=6, ood_fraction=0.2, phi=4.0),
+              dict(d_model=32, n_loops=3, batch_size=64, steps=200, warmup=20, eval_every=50)),
+    "growth": ("a larger world", dict(n_entities=100),
+               dict(d_model=192, n_heads=2, logit_scale=0.45, lr=2.7e-3, weight_decay=0.36,
+                    atomic_share=0.6, bf16=True, steps=4000, eval_every=200)),
+    "paper": ("the paper's world, for one GPU",
+              dict(n_entities=2000, n_relations=200, out_degree=20, ood_fraction=0.05, phi=18.0),
+              dict(d_model=2048, n_heads=16, logit_scale=0.2, atomic_share=0.6, bf16=True,
+                   batch_size=1024, lr=5e-4, steps=40000, warmup=1000, eval_every=500)),
+}
+MODEL_LIMITS = {
+    "layout": ("causal", "bidirectional"), "mixing": ("attention", "tokens"),
+    "min_loops": (1, 128), "n_blocks": (1, 128), "n_loops": (1, 128), "slots": (0, 64),
+    "d_model": (4, 2**14), "n_heads": (1, 128), "logit_scale": (1e-6, 1e6), "lr": (0, 10),
+    "weight_decay": (0, 1000), "batch_size": (1, 2**20), "steps": (1, 10**9),
+    "warmup": (0, 10**9), "ema": (0, 1), "atomic_share": (0, 1), "eval_every": (1, 10**9),
+    "seed": (0, 2**63 - 1)}
+FREE = ("new_facts", "kept", "new_k1", "new_k2", "whole_rows", "lr", "weight_decay", "batch_size",
+        "steps", "warmup", "ema", "atomic_share", "bf16", "eval_every", "seed", "min_loops", "copy")
 
 
-def milestones(history):
-    """{what: first step at which it holds, or None}: the three stages of the paper's Figure 2."""
-    first = lambda holds: next((line["step"] for line in history if holds(line)), None)
-    return {"train >= .99": first(lambda m: m["accuracy"]["train_inferred"] >= 0.99),
-            "bridge on OOD >= .9": first(lambda m: m["lens"]["test_ood"]["any"] >= 0.9),
-            "OOD answer >= .95": first(lambda m: m["accuracy"]["test_ood"] >= 0.95)}
+def names_of(cls):
+    return [field.name for field in fields(cls)]
 
 
-def plot_curves(folder):
-    """A figure of the three stages (paper, Figure 2), from a run folder's files."""
-    about, history = read_run(folder)
-    rows = [{**line["accuracy"], **line["lens"]["test_ood"]} for line in history]
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots(subplot_kw=dict(xscale="log", ylim=(-0.02, 1.02)))
-    for name, label, color, style in (
-            ("train_inferred", "training compositions", "#000000", "-"),
-            ("test_id", "ID test", "#0072B2", "-"), ("test_ood", "OOD test", "#D55E00", "-"),
-            ("test_ood_id", "OOD hop 1 + ID hop 2", "#E69F00", ":"),
-            ("test_id_ood", "ID hop 1 + OOD hop 2", "#CC79A7", ":"),
-            ("any", "bridge seen on OOD (lens)", "#009E73", "--"),
-            ("any_chance", "another query's bridge: chance", "#009E73", (0, (1, 3)))):
-        if name in rows[-1]:
-            axes.plot([line["step"] for line in history], [row[name] for row in rows],
-                      color=color, ls=style, lw=2 if style == "-" else 1.2, label=label)
-    for height, (what, step) in zip((1.02, 1.08, 1.02), milestones(history).items()):
-        if step:
-            axes.axvline(step, color="0.6", lw=0.8)
-            axes.text(step, height, f"{what}: {step}", ha="center", va="bottom", fontsize=7)
-    axes.set(xlabel="training step", ylabel="share of queries")
-    title = "{preset}/{regime}, {model[layout]}, seed {model[seed]}".format(**about)
-    axes.set_title(title, loc="left", fontsize=9, pad=26)
-    axes.legend(fontsize=7, loc="upper left")
-    return figure
+def check(config):
+    """The WorldConfig or Config given; BadInput for its first setting that cannot be."""
+    if isinstance(config, WorldConfig):
+        return check_settings(config, LIMITS)
+    check_settings(config, MODEL_LIMITS)
+    if config.d_model % (2 * config.n_heads):
+        raise BadInput(f"n_heads = {config.n_heads}: twice it must divide d_model = "
+                       f"{config.d_model}")
+    for name in ("min_loops", "n_blocks"):
+        if getattr(config, name) > config.n_loops:
+            raise BadInput(f"{name} = {getattr(config, name)}: must lie in [1, n_loops = "
+                           f"{config.n_loops}]")
+    if config.layout == "causal" and (config.mixing == "tokens" or config.copy or config.slots):
+        raise BadInput("layout = causal: needs mixing = attention, copy = false, slots = 0")
+    return config
 
 
-def save_figure(figure, path):
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+def describe(given):
+    """(about, world, splits) of the run that the command line's {option: value or None} asks for.
 
-
-# ---------------------------------------------------------------- how fast
-BENCH_SECONDS = 20
-
-class PlainLoop(nn.Module):
-    """What a user would otherwise write: PyTorch's own encoder layer, as wide, looped as often."""
-
-    def __init__(self, config, n_tokens):
-        super().__init__()
-        D = config.d_model
-        self.embedding, self.n_loops = nn.Embedding(n_tokens, D), config.n_loops
-        self.layer = nn.TransformerEncoderLayer(D, config.n_heads, 4 * D, dropout=0.0,
-                                                batch_first=True)
-        self.head = nn.Linear(D, n_tokens)
-
-    def forward(self, tokens):
-        state = self.embedding(tokens)
-        for _ in range(self.n_loops):
-            state = self.layer(state)
-        return self.head(state[:, -1])
-
-
-def plain_steps(trainer):
-    """Yields after every step of a PlainLoop trained on the same rows with a DataLoader."""
-    device = trainer.tokens.device
-    model = PlainLoop(trainer.config, trainer.model.blank + 1).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=trainer.config.lr)
-    rows = torch.utils.data.TensorDataset(trainer.tokens.cpu(), trainer.answers.cpu())
-    while True:
-        for tokens, answers in torch.utils.data.DataLoader(rows, trainer.config.batch_size,
-                                                           shuffle=True):
-            loss = F.cross_entropy(model(tokens.to(device)), answers.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            yield
-
-
-def matrix_products(trainer):
-    """A function that does the matrix products alone of one training step, forward and backward."""
-    config, device = trainer.config, trainer.tokens.device
-    D, hidden = config.d_model, 8 * config.d_model // 3
-    B, T = config.batch_size, LENGTH[config.layout]
-    heads, d = B * config.n_heads, D // config.n_heads
-    graded = config.n_loops - min(config.min_loops, config.n_loops) + 1
-    dense = [(B * T, D, 3 * D), (B * T, D, D), (B * T, D, 2 * hidden), (B * T, hidden, D)]
-    attention = [(heads, T, d, T), (heads, T, T, d)]
-    shapes = config.n_loops * ([(1, *shape) for shape in dense] + attention)
-    shapes += graded * [(1, B, D, trainer.model.blank + 1)]
-    kind = dict(device=device, dtype=torch.bfloat16 if config.bf16 else torch.float32)
-    made = {s: [torch.randn(s[0], *size, **kind) for size in
-                ((s[1], s[2]), (s[2], s[3]), (s[1], s[3]))] for s in set(shapes)}
-
-    def multiply():
-        for shape in shapes:
-            x, weight, gradient = made[shape]
-            x @ weight, gradient @ weight.mT, x.mT @ gradient
-    multiply()
-    replay = capture(multiply, trainer.generator) if device.type == "cuda" else multiply
-    return lambda: made and replay()  # a CUDA graph knows addresses: what lies there must stay
-
-
-def bench(given):
-    """Time the training step, its matrix products alone, and a plain PyTorch loop; returns 0.
-
-    The three take turns, so that a drifting machine is the same for all; medians are printed.
+    about, which config.json holds: {"preset", "regime", "world": WorldConfig, "model": Config,
+     "device", "versions"; of a run on a file "source": {"kind": "facts" or "data", "path",
+     "sha256"}; of one that starts from another run "start": {"path", "weights": "before",
+     "grokked" or "none", "sha256"}}. Paths: from here; in config.json, from the run's folder.
     """
-    about = describe(given, pick_device(given["device"]))
-    config, device = settings(Config, about["model"]), torch.device(about["device"])
-    config = replace(config, warmup=0, ema=0.0)  # as fast, and alike from the first step on
-    trainer = Trainer(config, *build_data(settings(WorldConfig, about["world"]), about["regime"]),
-                      device)
-    plain = plain_steps(trainer)
-    kinds = {"ours": trainer.train_step, "matmul": matrix_products(trainer),
-             "plain": lambda: next(plain)}
-    seconds = {name: [] for name in kinds}
-    began = time.perf_counter()
-    while len(seconds["ours"]) < 15 or time.perf_counter() < began + BENCH_SECONDS:
-        for name, step in kinds.items():
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    median = {name: sorted(times[5:])[len(times[5:]) // 2] for name, times in seconds.items()}
-    for name, took in median.items():
-        print(f"{about['preset']:<14} {device.type:<5} {name:<7} {1 / took:9.1f} steps/s  "
-              f"{config.batch_size / took:10.0f} sequences/s")
-    print(f"over_matmul={median['ours'] / median['matmul']:.2f} "
-          f"over_plain={median['plain'] / median['ours']:.2f}")
-    return 0
+    if given["preset"] not in PRESETS:
+        raise BadInput(f"preset = {given['preset']}: must be one of {', '.join(PRESETS)}")
+    about = {"preset": given["preset"], "regime": given["regime"] or "natural"}
+    chosen = {**PRESETS[given["preset"]][1], **PRESETS[given["preset"]][2]}
+    if given["start"]:
+        start = read_start(given)
+        about.update((name, start[name]) for name in ("regime", "source", "start") if name in start)
+        free = {name: value for name, value in chosen.items() if name in FREE}
+        chosen = {**start["world"], **start["model"], **free}
+    elif given["weights"] or given["new_facts"] or "new_facts" in chosen:
+        raise BadInput("start = None: weights and new_facts need a run that is there, --start RUN")
+    elif given["facts"] or given["data"]:
+        about.update(describe_source(given))
+    chosen.update((name, value) for name, value in given.items() if value is not None)
+    for part, cls in (("world", WorldConfig), ("model", Config)):
+        values = {name: chosen[name] for name in names_of(cls) if name in chosen}
+        about[part] = asdict(check(cls(**values)))
+    about["device"] = pick_device(given["device"])
+    about["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__,
+                         "numpy": np.__version__}
+    world, splits = build_data(about)
+    if "source" in about and not given["start"]:
+        about["world"].update(world_of(about["source"]["kind"], world, splits))
+        check(WorldConfig(**about["world"]))
+    return about, world, splits
+
+
+def refuse(given, names, why):
+    """Refuse the command line if it gives one of these settings."""
+    for name in names:
+        if given[name] is not None:
+            raise BadInput(f"{name} = {given[name]}: {why}, leave it out")
+
+
+def read_start(given):
+    """config.json of the run to start from, with our own "start" and its paths seen from here."""
+    path, weights = Path(given["start"]), given["weights"] or "grokked"
+    if weights not in (*WEIGHTS, "none"):
+        raise BadInput(f"weights = {weights}: must be one of {', '.join(WEIGHTS)}, none")
+    brought = [name for name in names_of(WorldConfig) + names_of(Config) if name not in FREE]
+    refuse(given, [*brought, "regime", "facts", "data"], f"comes from {path}")
+    start = read_config(path)
+    if "source" in start:
+        start["source"]["path"] = str(path / start["source"]["path"])
+    sha256 = digest(path / WEIGHTS.get(weights, "config.json"))
+    return {**start, "start": {"path": str(path), "weights": weights, "sha256": sha256}}
+
+
+def describe_source(given):
+    """Entry "source" of a run on own facts; "source" and "regime" of one on a data file."""
+    kind = "data" if given["data"] else "facts"
+    brought = {"data": [*names_of(WorldConfig), "regime", "facts"],
+               "facts": ["n_entities", "n_relations", "out_degree"]}
+    refuse(given, brought[kind], f"comes with --{kind}")
+    about = {"source": {"kind": kind, "path": given[kind], "sha256": digest(given[kind])}}
+    return {**about, "regime": read_data(given["data"])[2]} if kind == "data" else about
+
+
+def world_of(kind, world, splits):
+    """The world settings that a file of facts or data decides."""
+    found = {"n_entities": world.n_entities, "n_relations": world.n_relations,
+             "out_degree": int(np.bincount(world.facts[:, 0]).max())}
+    if kind == "data":
+        found["ood_fraction"] = float(world.is_ood.mean())
+        found["phi"] = len(splits["train_inferred"].h) / int((~world.is_ood).sum())
+    return found
 
 
 # ---------------------------------------------------------------- the command line
-
 def main(argv=None):
     """Run the command line; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     try:
-        given = make_parser().parse(sys.argv[1:] if argv is None else argv)
-        if given["bench"]:
-            return bench(given)
-        return train_all(given) if given["all"] else train_one(given)
+        given = parse(argv)
+        about, world, splits = describe(given)
+        folder = Path(given["out"] or "runs/{preset}/{regime}/seed{model[seed]}".format(**about))
+        say("{preset}, {regime}, on {device}, in ".format(**about) + str(folder))
+        if is_done(folder, about):
+            say("already done")
+        else:
+            trainer = begin(about, world, splits)
+            with owned(folder):
+                resume(trainer, about, folder)
+                train(trainer, folder)
+        print_result(folder)
+        return 0
     except KeyboardInterrupt:
-        print("grok.py: stopped; the same command goes on", file=sys.stderr)
+        print("grok.py: stopped; the same command goes on from the last evaluation",
+              file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read the output has left; Python's own last flush needs a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (BadInput, OSError) as error:
         said = error
     except (RuntimeError, MemoryError) as error:
@@ -691,211 +755,93 @@ def main(argv=None):
     return 2
 
 
-def make_parser():
-    about = ("Train a tiny parameter-sharing transformer until it groks two-hop composition. "
-             "Killed at any moment, the same command goes on.")
-    parser = Parser(prog="grok.py", allow_abbrev=False, description=about)
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+    def error(self, message):
+        raise BadInput(message)
+
+
+def parse(argv=None):
+    """{option: value, None where not given}."""
+    parser = Parser(prog="grok.py", allow_abbrev=False, description=f"{__doc__.splitlines()[0]} "
+                    "Killed at any moment, the same command goes on.")
     presets = "; ".join(f"{name}: {about}" for name, (about, _, _) in PRESETS.items())
     parser.add_argument("--preset", default="tiny", help=f"{presets} (tiny)")
-    parser.add_argument("--regime", default="natural", help=f"{', '.join(REGIMES)} (natural)")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
-    parser.add_argument("--out", type=Path, help="the run's folder (ROOT/PRESET/REGIME/seedK)")
-    parser.add_argument("--root", type=Path, default="runs", help="where runs lie (runs)")
-    parser.add_argument("--start", help="a run's folder: start from its after.pt (preset tune)")
-    parser.add_argument("--all", action="store_true", help="every run of the README, done ones "
-                                                           "skipped, broken ones resumed")
-    parser.add_argument("--bench", action="store_true", help="time the training step")
-    parser.add_argument("--data", help="a data set to train on: a folder that data.py --export or "
-                                       "the public GrokkedTransformer code wrote")
+    parser.add_argument("--regime", help=f"{', '.join(REGIMES)} (natural)")
+    parser.add_argument("--device", help="cuda, mps or cpu (the first there is)")
+    parser.add_argument("--out", help="the run's folder (runs/PRESET/REGIME/seedK)")
+    parser.add_argument("--start", help="the run to fine-tune: brings its world and model")
+    parser.add_argument("--weights", help="of the start: before, grokked, none (grokked)")
     parser.add_argument("--facts", help="your own: lines of head, relation, tail, tab-separated")
-    parser.add_settings(Config, "model and training (defaults of preset tiny)")
-    parser.add_settings(WorldConfig, "world (defaults of preset tiny)")
-    return parser
+    parser.add_argument("--data", help="a file that extras.exchange made of a data set")
+    about = {**describe_fields(Config), **describe_fields(WorldConfig)}
+    for field in (*fields(Config), *fields(WorldConfig)):
+        names = sorted({"--" + field.name.replace("_", "-"), "--" + field.name})
+        parser.add_argument(*names, metavar="V", help=f"{about[field.name]} ({field.default})",
+                            type=truth if field.type is bool else field.type)
+    return vars(parser.parse_args(argv))
 
 
-def train_one(given):
-    about = describe(given, pick_device(given["device"]))
-    world, splits = build_data(settings(WorldConfig, about["world"]), about["regime"],
-                               about.get("source"))
-    if "source" in about:
-        about["world"] = fit_settings(given, about, world, splits)
-    folder = given["out"] or default_folder(given, about)
-    print("{preset} / {regime} on {device}".format(**about) + f", in {folder}", flush=True)
-    trainer = train(folder, about, world, splits)
-    if trainer.step < trainer.config.steps:
-        print(f"\nstopped and saved in {folder}; the same command goes on from here")
-        return 130
-    print_result(trainer.history, folder)
-    return 0
-
-
-def every_run(root):
-    """Options of every run of the README; what starts from a run comes after it."""
-    regimes = [f"--regime={regime}" for regime in REGIMES]
-    tune = "--preset=tune --start={root}/tiny/{regime}/seed{seed}"
-    tune_paper = "--preset=tune --layout=bidirectional --d-model=96 --n-heads=2 --logit-scale=0.6"
-    kinds = (
-        [*regimes, "--shared=false"]                                         # Findings 1 and 2
-        + ["--preset=tune"] + [tune.replace("{regime}", regime) for regime in REGIMES]  # Finding 3
-        + [tune.replace("{regime}", "natural") + f" --kept=1 --new-k={k}" for k in (0, 1, 2, 4, 8)]
-        + [f"--preset=bidirectional {regime}" for regime in (regimes[0], regimes[1], regimes[4])]
-        + [tune_paper, tune_paper + " --start={root}/bidirectional/natural/seed{seed}"]
-        + [f"--steps=3000 {change}" for change in (                              # ingredients
-            *(f"--without={name}" for name in INGREDIENTS),
-            "--min-loops=4", "--ema=0", "--atomic-share=0", "--weight-decay=0",
-            "--shared=false --min-loops=4")]
-        + ["--bf16=true"])
-    return [kind.format(root=shlex.quote(str(root)), seed=seed) + f" --seed={seed}"
-            for kind in kinds for seed in (0, 1, 2)] + larger_worlds()
-
-
-def larger_worlds():
-    """Options of the runs in larger worlds: first of all, more width. 5 steps only time a step."""
-    fifty = "--d-model=128 --logit-scale=0.55 --lr=0.004 --weight-decay=0.48"
-    narrow = "--d-model=128 --logit-scale=0.8 --lr=0.004 --weight-decay=0.12 --steps=14000"
-    wide, once = "--d-model=384 --logit-scale=0.36 --lr=0.0018", "--steps=5 --eval-every=5"
-    sizes = ((50, f"{fifty} --steps=2500", 3), (50, f"{fifty} --regime=both_full --steps=2000", 3),
-             (100, "", 3), (100, "--regime=both_full --steps=2000", 3), (100, narrow, 1),
-             (200, f"{wide} --steps=7000", 1), (200, f"{wide} --regime=both_full --steps=2000", 1),
-             (500, f"--d-model=960 --logit-scale=0.25 --lr=0.0007 {once}", 1),
-             (1000, f"--d-model=1920 --logit-scale=0.19 --lr=0.0004 {once}", 1),
-             (2000, f"--d-model=2048 --logit-scale=0.2 --lr=0.0004 {once}", 1))
-    return [f"--preset=growth --n-entities={size} {change} --seed={seed}"
-            for size, change, seeds in sizes for seed in range(seeds)]
-
-
-def train_all(given):
-    """Run `every_run`, each in its own process, those that start from another one last.
-
-    SLURM arrays and torchrun divide the list: by seed, if the number of tasks divides 3.
-    """
-    usual = make_parser().parse([])
-    other = [name for name in given if name not in ("all", "root", "device")
-             and given[name] != usual[name]]
-    if other:
-        raise BadInput(f"{other[0]} = {given[other[0]]}: --all takes --root and --device alone")
-    if "LOCAL_RANK" in os.environ:  # torchrun: each task of a machine has a GPU of its own
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ["LOCAL_RANK"])
-    number = lambda name, default: int(os.environ.get(name, default))
-    rank = number("SLURM_ARRAY_TASK_ID", number("RANK", 0)) - number("SLURM_ARRAY_TASK_MIN", 0)
-    runs = every_run(given["root"])
-    runs = runs[rank::number("SLURM_ARRAY_TASK_COUNT", number("WORLD_SIZE", 1))]
-    where = [f"--root={given['root']}", f"--device={given['device']}"]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    call = lambda run: subprocess.run([sys.executable, __file__, *shlex.split(run), *where],
-                                      env=one_thread, capture_output=True, text=True)
-    began, done, worst = time.perf_counter(), 0, 0
-    with ThreadPoolExecutor(at_once(pick_device(given["device"]).type)) as pool:
-        for part in ([run for run in runs if ("--start" in run) == late] for late in (False, True)):
-            for run, result in zip(part, pool.map(call, part)):
-                done += 1
-                left = (time.perf_counter() - began) / done * (len(runs) - done) / 60
-                said = result.stderr if result.returncode else result.stdout
-                said = ["", *said.splitlines()][-1]
-                print(f"{done}/{len(runs)} {run}: {said}; about {left:.0f} minutes left",
-                      flush=True)
-                worst = max(worst, abs(result.returncode))
-    return worst
-
-
-def at_once(device):
-    """How many runs share a machine: one a core; on a GPU, too, but at most one in 2 free GiB."""
-    if device == "cuda":
-        return max(1, min(os.cpu_count(), torch.cuda.mem_get_info()[0] // 2**31))
-    return os.cpu_count() if device == "cpu" else 1
+def truth(text):
+    """What "true" and "false" mean; any other word is left for `check` to refuse."""
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def pick_device(name):
     there = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
     here = [kind for kind, backend in there.items() if backend.is_available()]
-    if name not in ("auto", *here):
-        raise BadInput(f"device = {name}: must be auto or one that is here: {', '.join(here)}")
-    return torch.device(here[0] if name == "auto" else name)
+    if name not in (None, *here):
+        raise BadInput(f"device = {name}: must be one that is here: {', '.join(here)}")
+    return name or here[0]
 
 
-def describe(given, device):
-    """The content of config.json: every setting, and what the run was made with."""
-    if given["preset"] not in PRESETS:
-        raise BadInput(f"preset = {given['preset']}: must be one of {', '.join(PRESETS)}")
-    if given["data"] and (given["facts"] or given["regime"] != "natural"):
-        raise BadInput(f"data = {given['data']}: brings its own facts and regime; "
-                       "leave out --facts and --regime")
-    _, world, model = PRESETS[given["preset"]]
-    chosen = {name: value for name, value in given.items() if value is not None}
-    model = settings(Config, {**model, **chosen})
-    if model.d_model % (2 * model.n_heads):
-        raise BadInput(f"n_heads = {model.n_heads}: twice it must divide d_model = {model.d_model}")
-    world = settings(WorldConfig, {**world, **chosen})
-    about = {"preset": given["preset"], "regime": given["regime"], "world": asdict(world),
-             "model": asdict(model), "device": device.type,
-             "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                          "numpy": np.__version__}}
-    for kind in ("data", "facts"):
-        if kind in chosen:
-            if world.new_facts:
-                raise BadInput(f"new_facts = {world.new_facts}: needs a world made here; leave out "
-                               f"--{kind}")
-            about["source"] = {"kind": kind, "path": chosen[kind], "sha256": digest(chosen[kind])}
-    if given["start"]:
-        check_start(read_run(given["start"])[0], about)
-        about["start"] = {"path": given["start"],
-                          "sha256": digest(Path(given["start"], "after.pt"))}
-    return about
+def say(text):
+    """Print, whatever characters the terminal or file can hold."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
-def check_start(start, about):
-    """Refuse to start from another kind of model, or in another world, its new facts apart."""
-    shape = {"layout", "shared", "without", "d_model", "n_heads", "n_loops"}
-    graph = set(start["world"]) - {"new_facts", "kept", "new_k"}
-    for part, names in (("world", graph), ("model", shape)):
-        for name in sorted(names):
-            if about[part][name] != start[part][name]:
-                raise BadInput(f"{name} = {about[part][name]}: must be {start[part][name]}, as in "
-                               "the run to start from")
+def say_progress(trainer):
+    """One line an evaluation: what is right so far, and the minutes that are left."""
+    line, steps = trainer.history[-1], trainer.config.steps
+    shares = "  ".join(f"{name} {share:.3f}" for name, share in line["accuracy"].items()
+                       if name in ("train_inferred", "test_id", "test_ood", "new_new"))
+    left = line["seconds"] * (steps / line["step"] - 1) / 60
+    say(f"step {line['step']:>6} {line['step'] / steps:4.0%}  loss {line['loss']:.3f}  {shares}  "
+        f"{left:.1f} minutes left")
 
 
-def fit_settings(given, about, world, splits):
-    """The world settings that --data or --facts bring; refuses others on the command line."""
-    found = {"n_entities": world.n_entities, "n_relations": world.n_relations,
-             "out_degree": world.relations.shape[1]}
-    if about["source"]["kind"] == "data":
-        found["ood_fraction"] = world.is_ood.sum().item() / len(world.facts)
-        found["phi"] = len(splits["train_inferred"].h) / max(1, len(splits["id_atomic"].h))
-    for name, value in found.items():
-        if given[name] not in (None, value):
-            raise BadInput(f"{name} = {given[name]}: must be {value}, as in "
-                           f"{about['source']['path']}")
-    return asdict(settings(WorldConfig, {**about["world"], **found}))
+def first_step(history, level, split, lens=None):
+    """The first step at which the accuracy of a split, or its lens rate of that name, is at least
+    `level`; None if never."""
+    for line in history:
+        share = line["lens"][split][lens] if lens else line["accuracy"].get(split)
+        if share is not None and share >= level:
+            return line["step"]
+    return None
 
 
-def default_folder(given, about):
-    """ROOT/PRESET/REGIME/seedK; given settings other than the preset's are named after REGIME."""
-    _, world, model = PRESETS[about["preset"]]
-    usual = {**asdict(WorldConfig()), **asdict(Config()), **world, **model}
-    name = about["regime"]
-    if "source" in about:
-        name += f",{about['source']['kind']}={Path(about['source']['path']).stem}"
-    if "start" in about:
-        name += f",start={Path(about['start']['path']).absolute().parent.name}"
-    for key, value in usual.items():
-        if key != "seed" and given[key] not in (None, value):
-            name += f",{key}={given[key]}"
-    return Path(given["root"], about["preset"], name, f"seed{about['model']['seed']}")
+def print_result(folder):
+    """Six lines: accuracy at the end, first steps of the stages, time and folder."""
+    about, history = read_run(folder)
+    accuracy, lens = history[-1]["accuracy"], history[-1]["lens"]
+    asked, what = ("test_ood", "OOD") if "test_ood" in accuracy else ("new_new", "new-new")
 
+    def steps(split, *levels, lens=None):
+        found = [first_step(history, level, split, lens) for level in levels]
+        return ", ".join("never" if step is None else str(step) for step in found)
 
-def print_result(history, folder):
-    """The seven accuracies, the stages, and where the run lies."""
-    last, lens = history[-1], history[-1]["lens"]["test_ood"]
-    print(f"\n{'split':<16}{'right':>7}")
-    for split, right in last["accuracy"].items():
-        print(f"{split:<16}{right:>7.3f}")
-    print(f"bridge seen on OOD (lens, any site) {lens['any']:.3f}, chance {lens['any_chance']:.3f}")
-    for what, step in milestones(history).items():
-        print(f"{what:<20} {'at step ' + str(step) if step else 'never'}")
-    print(f"{last['seconds']:.0f} seconds; config, metrics, weights and curves.png in {folder}")
+    shares = [f"{name} {share:.3f}" for name, share in accuracy.items()]
+    chance = lens[asked]["any_chance"]
+    say("accuracy  " + "  ".join(shares[:4]))
+    say("          " + "  ".join(shares[4:]))
+    say(f"training >= .99 at step {steps('train_inferred', 0.99)}")
+    say(f"{what} answer >= .5, .9, .95 at step {steps(asked, 0.5, 0.9, 0.95)}")
+    say(f"{what} bridge seen >= .5, .9, .95 at step {steps(asked, 0.5, 0.9, 0.95, lens='any')} "
+        f"(at any site; by chance {'unknown' if chance is None else f'{chance:.2f}'})")
+    say(f"{history[-1]['seconds']:.0f} seconds on {about['device']}; python analyze.py {folder} "
+        "looks inside")
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # so that `| head` ends it quietly
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

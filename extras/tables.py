@@ -1,0 +1,543 @@
+"""Tables over many runs: every number of the README comes from here.
+
+    python -m extras.tables [FOLDER] [-o FILE]     all runs below FOLDER (runs/shipped)
+
+A group is the runs that differ in their seed alone, and is named after its folder. Steps are those
+of the first evaluation at which something holds. Cells are means over seeds (least to most).
+"""
+import argparse
+import json
+import sys
+from collections import Counter, namedtuple
+from pathlib import Path
+
+import numpy as np
+
+import analyze
+from analyze import circuit, EXAMINED, map_at, places, predict
+from data import BadInput, queries
+from grok import build_data, first_step, load_run, read_run, say, to_tokens, WEIGHTS, write_file
+
+Run = namedtuple("Run", "folder about history paths cells")  # paths, cells: None if not measured
+LEVELS = (0.5, 0.9, 0.95)
+TUNED = "new_atomic", "new_old", "old_new", "new_new", "old_atomic", "old_inferred"
+
+
+# ---------------------------------------------------------------- reading runs
+def read_groups(root):
+    """{name: [Run, ...]}, a Run a seed, of all runs below a folder, in the order of their names."""
+    groups, seen = {}, {}
+    folders = sorted(path.parent for path in Path(root).rglob("config.json"))
+    for folder in folders:
+        about, history = read_run(folder)
+        name = str(folder.parent.relative_to(root)) if folder != Path(root) else folder.name
+        group = groups.setdefault(name, [])
+        if group and identity(about) != identity(group[0].about):
+            raise BadInput(f"{folder}: differs from {group[0].folder} in more than its seed")
+        whole = name, identity(about), about["model"]["seed"]
+        if whole in seen:
+            raise BadInput(f"{folder}: is the same run as {seen[whole]}")
+        seen[whole] = folder
+        group.append(Run(folder, about, history, *(read_json(folder / f"{file}.json")
+                                                   for file in ("paths", "cells"))))
+    if not groups:
+        raise BadInput(f"{root}: holds no run")
+    return groups
+
+
+def identity(about):
+    """What two runs of one group have in common, as text: all but the seed, and how long."""
+    model = {name: value for name, value in about["model"].items() if name not in ("seed", "steps")}
+    start = {name: value for name, value in about.get("start", {}).items() if name == "weights"}
+    return json.dumps([about["regime"], about["world"], model, start, about.get("source")])
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def until(run, step):
+    """The run as it was at a step."""
+    return run._replace(history=[line for line in run.history if line["step"] <= step])
+
+
+# ---------------------------------------------------------------- cells
+def spread(values, digits=2):
+    """"mean (least to most)" of one value a seed; seeds that never got there (None) are counted."""
+    have = [value for value in values if value is not None]
+    if not have:
+        return "never" if len(values) else ""
+    never = f"; {len(values) - len(have)} never" if len(have) < len(values) else ""
+    if len(have) == 1:
+        return f"{have[0]:.{digits}f}{never and ' (1;' + never[1:] + ')'}"
+    return f"{np.mean(have):.{digits}f} ({min(have):.{digits}f} to {max(have):.{digits}f}{never})"
+
+
+def wilson(hits, n):
+    """95 % Wilson score interval (low, high) of a share hits / n; (0, 1) if n is 0."""
+    if n == 0:
+        return 0.0, 1.0
+    z, p = 1.959964, hits / n
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+def last(run, split, lens=None):
+    """Accuracy of a split at the end, or its lens rate of that name; None if not measured."""
+    line = run.history[-1]
+    return line["lens"].get(split, {}).get(lens) if lens else line["accuracy"].get(split)
+
+
+# ---------------------------------------------------------------- tables of training
+def stages(groups):
+    """When the training is fitted, the bridge seen and the OOD answer given (Finding 1)."""
+    yield ["run", "seeds", "steps", "training >= .99", "bridge seen, best site >= .5 / .9 / .95",
+           "OOD answer >= .5 / .9 / .95", "OOD facts", "ID", "ID + OOD", "OOD + ID", "OOD answer",
+           "answer seen anywhere", "bridge seen anywhere (chance)"]
+    for name, runs in groups.items():
+        fitted = steps_to(runs, 0.99, "train_inferred")
+        answer = " / ".join(steps_to(runs, level) for level in LEVELS)
+        bridge = " / ".join(spread([first_step(run.history, level, "test_ood", "best")
+                                    for run in runs], 0) for level in LEVELS)
+        if last(runs[0], "test_ood", "best") is None:  # older runs: not measured
+            bridge = ""
+        shares = [spread([last(run, split) for run in runs]) for split in (
+            "ood_atomic", "test_id", "test_id_ood", "test_ood_id", "test_ood")]
+        seen, chance, anywhere = (spread([last(run, "test_ood", lens) for run in runs])
+                                  for lens in ("any", "any_chance", "answer_any"))
+        steps = runs[0].history[-1]["step"]
+        yield [name, len(runs), steps, fitted, bridge, answer, *shares, anywhere,
+               f"{seen} ({chance})"]
+
+
+def tuned(groups):
+    """New facts (Finding 3): what is right at the end of fine-tuning, and half way."""
+    yield ["run", "seeds", "step", "new facts", "new + old", "old + new", "new + new",
+           "old facts", "old compositions"]
+    for name, runs in groups.items():
+        for part in (0.3, 1):
+            step = round(part * runs[0].history[-1]["step"])
+            then = [until(run, step) for run in runs]
+            yield [name, len(runs), step, *(spread([last(run, split) for run in then])
+                                            for split in TUNED)]
+
+
+# ---------------------------------------------------------------- tables of what is inside
+def paths(groups):
+    """Answered, seen, present, used, before and after grokking (Finding 2)."""
+    yield ["run", "weights", "queries", "answered", "seen anywhere (chance)", "seen, best site",
+           "seen among entities", "present", "used: a donor", "used: its code",
+           "used: its token's direction", "probe's subspace", "all but that", "across ID and OOD",
+           "circuit"]
+    for name, runs in groups.items():
+        for stage in WEIGHTS:
+            for split, short in EXAMINED.items():
+                found = [(run, run.paths[stage][split]) for run in runs if stage in run.paths]
+                if found:
+                    yield [name, stage, short, *path_row(stage, split, found)]
+
+
+def path_row(stage, split, found):
+    """The cells of one row of `paths`: means over seeds."""
+    lens = [f["lens"]["state"] for _, f in found]
+    answered = spread([answered_at(run, stage, split) for run, _ in found])
+    among = [entity_seen(f) for _, f in found]
+    used = [spread([map_at(f, kind).max() for _, f in found]) for kind in (
+        "other_r2", "code", "visible", "inside", "outside", "across")]
+    return [answered, f"{spread([x['bridge']['any'] for x in lens])} "
+            f"({np.mean([x['bridge_chance']['any'] for x in lens]):.2f})",
+            spread([x["bridge"]["best"] for x in lens]), spread(among),
+            spread([np.max(f["probe"]) for _, f in found]), *used,
+            count(circuit_name(f) for _, f in found)]
+
+
+def answered_at(run, stage, split):
+    """Share of a split that is answered by the weights before or at the end."""
+    step = run.history[-1]["step"]
+    if stage == "before":
+        step = first_step(run.history, 0.99, "train_inferred")
+    return next(line["accuracy"][split] for line in run.history if line["step"] == step)
+
+
+def circuit_name(found):
+    """Where the bridge is used, in words: "mixed (3, r2)", "state (2, h)" or "spread"."""
+    part, loop, position, _ = circuit(found)
+    return part if loop is None else f"{part} ({loop + 1}, {places(99)[position]})"
+
+
+def count(words):
+    """"a (2), b" for a, b, a: each once, the most frequent first."""
+    return ", ".join(word + (f" ({n})" if n > 1 else "") for word, n in
+                     Counter(words).most_common())
+
+
+def classes(groups):
+    """Which circuit each seed has when the training is just fitted (ID queries): regime or seed?"""
+    yield ["regime", "seeds", "seen at one site >= .5", "first entity at one site >= .5",
+           "its code redirects >= .5", "circuit of ID queries", "circuit of OOD queries"]
+    for name, runs in groups.items():
+        found = [run.paths["before"] for run in runs if run.paths and "before" in run.paths]
+        if found:
+            ids = [f["test_id"] for f in found]
+            yield [name, len(found),
+                   of_seeds([f["lens"]["state"]["bridge"]["best"] >= 0.5 for f in ids]),
+                   of_seeds([entity_seen(f) >= 0.5 for f in ids]),
+                   of_seeds([map_at(f, "code").max() >= 0.5 for f in ids]),
+                   *(count(circuit_name(f[split]) for f in found) for split in EXAMINED)]
+
+
+def of_seeds(holds):
+    """"2 of 3 [0.21, 0.94]": how many seeds, with the 95 % interval."""
+    low, high = wilson(sum(holds), len(holds))
+    return f"{sum(holds)} of {len(holds)} [{low:.2f}, {high:.2f}]"
+
+
+def entity_seen(found):
+    """How often the bridge is the lens's first entity at one site, mixed or state."""
+    return max(part["entity"]["best"] for part in found["lens"].values())
+
+
+# ---------------------------------------------------------------- likeness of paths (Finding 1)
+def alike(a, b):
+    """How alike two maps are, in [0, 1]: sum of minima over sum of maxima."""
+    a, b = np.asarray(a), np.asarray(b)
+    return float(np.minimum(a, b).sum() / max(np.maximum(a, b).sum(), 1e-12))
+
+
+def alike_shuffled(a, b, free, times=300):
+    """Mean of `alike` with the sites of b that are `free` (a mask) shuffled: what chance scores."""
+    rng, a, b = np.random.default_rng(0), np.asarray(a), np.array(b)
+    scores, kept = [], b[free].copy()
+    for _ in range(times):
+        b[free] = rng.permutation(kept)
+        scores.append(alike(a, b))
+    return float(np.mean(scores))
+
+
+def reachable(found):
+    """Sites (n_loops, 2, T) from which noise changes answers: where a patch could do something."""
+    return map_at(found, "noise", "unchanged") < 0.99
+
+
+def likeness(groups):
+    """How alike swap maps (same r2) are: one model's, two seeds', two regimes' (Finding 1)."""
+    yield ["run", "ID: before, grokked", "grokked: ID, OOD", "two seeds, before",
+           "two seeds, grokked", "natural's, grokked", "reachable sites shuffled"]
+    swaps = {name: [swaps_of(run) for run in runs] for name, runs in groups.items()}
+    for name, own in swaps.items():
+        natural = swaps.get(str(Path(name).parent / "natural"), [])
+        pairs = [within(own, "before ID", "grokked ID"), within(own, "grokked ID", "grokked OOD"),
+                 between(own, own, "before ID"), between(own, own, "grokked ID"),
+                 between(own, natural, "grokked ID") if own is not natural else []]
+        free = [np.logical_or(reachable(run.paths["grokked"]["test_id"]),
+                              reachable(run.paths["before"]["test_id"]))
+                for run in groups[name] if "before" in run.paths and "grokked" in run.paths]
+        null = [alike_shuffled(*pair, mask) for pair, mask in zip(pairs[0], free)]
+        yield [name, *(spread([alike(*pair) for pair in p]) for p in pairs), spread(null)]
+
+
+def swaps_of(run):
+    """{"before ID": swap map, ...} of a run."""
+    return {f"{stage} {short}": map_at(run.paths[stage][split], "swap")
+            for stage in run.paths for split, short in EXAMINED.items()}
+
+
+def within(runs, one, two):
+    return [(maps[one], maps[two]) for maps in runs if one in maps and two in maps]
+
+
+def between(runs, others, kind):
+    """Pairs of maps of one kind from different runs, each pair once."""
+    pairs = []
+    for i, maps in enumerate(runs):
+        for j, other in enumerate(others):
+            if (runs is not others or i < j) and kind in maps and kind in other:
+                pairs.append((maps[kind], other[kind]))
+    return pairs
+
+
+# ---------------------------------------------------------------- half supervision, in four cells
+def four_cells(model, world, splits):
+    """The OOD test in four cells: is hop 1's fact supervised as hop 1, hop 2's as hop 2 (trained in
+    such a composition)? {"yes, no": {"n", "right", "n_known", "right_known"}, ...}; known: both
+    facts are answered when asked alone. Shares are None without queries."""
+    trained, asked = splits["train_inferred"], splits["test_ood"]
+    tokens, answers = to_tokens(asked, world, model.config.layout)
+    right = (predict(model, tokens) == answers).numpy()
+    first, second = world.index[asked.h, asked.r1], world.index[asked.b, asked.r2]
+    known = knows(model, world, first) & knows(model, world, second)
+    hop1 = np.isin(first, world.index[trained.h, trained.r1])
+    hop2 = np.isin(second, world.index[trained.b, trained.r2])
+    table = {}
+    for one, two in ((True, True), (True, False), (False, True), (False, False)):
+        here = (hop1 == one) & (hop2 == two)
+        table[f"{'yes' if one else 'no'}, {'yes' if two else 'no'}"] = {
+            "n": int(here.sum()), "right": share(right[here]),
+            "n_known": int((here & known).sum()), "right_known": share(right[here & known])}
+    return table
+
+
+def knows(model, world, facts):
+    """(N,) whether the model answers these facts, given by number, when asked alone."""
+    tokens, answers = to_tokens(queries(world, facts), world, model.config.layout)
+    return (predict(model, tokens) == answers).numpy()
+
+
+def share(right):
+    return float(right.mean()) if len(right) else None
+
+
+def cells(groups):
+    """OOD answers by whether hop 1 and hop 2 were supervised (paper: Both Half, .48)."""
+    yield ["run", "hop 1, hop 2 supervised", "queries a seed", "right", "both facts known",
+           "right of those"]
+    for name, runs in groups.items():
+        for cell in runs[0].cells:
+            here = [run.cells[cell] for run in runs if run.cells[cell]["n"]]
+            if here:
+                yield [name, cell, spread([c["n"] for c in here], 0),
+                       spread([c["right"] for c in here]),
+                       spread([c["n_known"] for c in here], 0),
+                       spread([c["right_known"] for c in here if c["n_known"]])]
+
+
+def measure_cells(root):
+    """Write cells.json beside the weights of every run that supervises OOD facts in part."""
+    for folder in sorted(path.parent for path in Path(root).rglob("after.pt")):
+        about, history = read_run(folder)
+        if "test_ood" in history[-1]["accuracy"] and not (folder / "cells.json").exists():
+            found = four_cells(*load_run(folder))
+            write_file(folder / "cells.json", json.dumps(found, indent=1).encode())
+
+
+# ---------------------------------------------------------------- dials, growth
+def dials(groups):
+    """One setting moved at a time: what decides that a bridge is seen, used (Findings 1, 2, 3)."""
+    yield ["run", "seeds", "training >= .99", "OOD answer >= .5 / .95", "OOD answer",
+           "seen, best site", "seen among entities", "present", "used: a donor", "used: its code",
+           "circuit of OOD queries", "ID before and grokked alike"]
+    for name, runs in groups.items():
+        found = [run.paths["grokked"]["test_ood"] for run in runs if run.paths]
+        steps = [spread([first_step(run.history, 0.99, "train_inferred") for run in runs], 0)]
+        steps.append(" / ".join(spread([first_step(run.history, level, "test_ood")
+                                        for run in runs], 0) for level in (0.5, 0.95)))
+        same = [alike(*pair) for run in runs if run.paths
+                for pair in within([swaps_of(run)], "before ID", "grokked ID")]
+        yield [name, len(runs), *steps, spread([last(run, "test_ood") for run in runs]),
+               spread([f["lens"]["state"]["bridge"]["best"] for f in found]),
+               spread([entity_seen(f) for f in found]),
+               spread([np.max(f["probe"]) for f in found]),
+               *(spread([map_at(f, kind).max() for f in found]) for kind in ("other_r2", "code")),
+               count(circuit_name(f) for f in found), spread(same)]
+
+
+def growth(groups):
+    """Steps to fit and to OOD answers against the number of entities, and what a step takes."""
+    yield ["run", "entities", "D", "seeds", "steps", "ms a step", "training >= .99",
+           "OOD answer >= .5", "OOD answer >= .95", "OOD answer"]
+    for name, runs in sorted(groups.items(), key=entities):
+        about, ends = runs[0].about, [run.history[-1] for run in runs]
+        yield [name, about["world"]["n_entities"], about["model"]["d_model"], len(runs),
+               spread([end["step"] for end in ends], 0),
+               spread([1000 * end["seconds"] / end["step"] for end in ends], 0),
+               *(spread([first_step(run.history, level, split) for run in runs], 0)
+                 for level, split in ((0.99, "train_inferred"), (0.5, "test_ood"),
+                                      (0.95, "test_ood"))),
+               spread([end["accuracy"]["test_ood"] for end in ends])]
+
+
+def entities(item):
+    return item[1][0].about["world"]["n_entities"], item[0]
+
+
+# ---------------------------------------------------------------- the verdicts
+def verdicts(groups):
+    """A row a claim of the paper: its value, ours (means of seeds), verdict, why, the command."""
+    yield ["claim", "paper, one run", "here", "verdict", "why", "command"]
+    natural, both, second = (groups[f"small/{name}"] for name in (
+        "natural", "both_full", "second_full"))
+    tune = "grok.py --preset tune --start RUN"
+    yield ["Full supervision gets there sooner", "answer .9 at 37k steps, natural never",
+           f"{steps_to(both, 0.9)} steps, natural {steps_to(natural, 0.9)}", "holds",
+           "the circuits are alike", "--preset small --regime both_full"]
+    yield ["Natural: training, then bridge, then answer",
+           "106k, 311k steps; answer .68",
+           f"fit {steps_to(natural, 0.99, 'train_inferred')}; answer {end(natural, 'test_ood')}; "
+           f"bridge {end(natural, 'test_ood', 'any')}", "differs",
+           f"hidden from the lens; among the entities {inside_lens(natural)}",
+           "--preset small --steps 7000"]
+    yield ["Fake grokking: answers without the bridge", "answer .97, bridge .65",
+           f"answer {end(second, 'test_ood')}, bridge {end(second, 'test_ood', 'any')} (chance "
+           f"{end(second, 'test_ood', 'any_chance')})", "holds", "as the lens sees it",
+           "--preset small --regime second_full"]
+    yield ["... so there is no circuit", "no intervention",
+           f"its code redirects {used(second, 'code')}, a donor {used(second, 'other_r2')}",
+           "differs", f"among the entities the lens sees {inside_lens(second)}", "analyze.py RUN"]
+    yield ["The answer comes before the bridge (both full)", "answer .92 where bridge is .003",
+           f"at the fit answer {at_fit(both)}, bridge {at_fit(both, 'any')} (chance "
+           f"{at_fit(both, 'any_chance')})", "holds", "the same reason", "--regime both_full"]
+    yield ["ID queries: the same path before and after", "argued",
+           f"maps alike {path_like(natural, 'before ID', 'grokked ID')}, ID and OOD "
+           f"{path_like(natural, 'grokked ID', 'grokked OOD')}", "holds",
+           "shuffled sites: see the table; OOD queries join the path", "extras.tables"]
+    yield ["Half supervision is no substitute", "answer .48",
+           f"answer {end(groups['small/both_half'], 'test_ood')}", "differs",
+           "half helps half: see the four cells", "--regime both_half"]
+    yield ["First hop alone collapses late", ".98, then .22",
+           f"answer {end(groups['small/first_full'], 'test_ood')}", "open",
+           "a run 50 times as long would decide", "--regime first_full"]
+    yield ["New facts serve hop 1 only, from grokked", "new + old 1.0, old + new 0",
+           new_facts(groups["tune/small_natural_grokked"]), "differs", "hop 2 takes more of them",
+           tune]
+    yield ["... and from the weights before grokking", "not asked",
+           new_facts(groups["tune/small_natural_before"]), "holds",
+           "the paper's direction, before grokking", f"{tune} --weights before"]
+    yield ["An ordinary transformer fails", "near chance",
+           f"answer {end(groups['tiny/own_blocks_last_loop'], 'test_ood')}, shared "
+           f"{end(groups['tiny/last_loop'], 'test_ood')}", "holds",
+           "not if every loop is graded", "--n-blocks 4 --min-loops 4"]
+
+
+def short_verdicts(groups):
+    """The four rows that the README begins with, as lines of Markdown."""
+    rows = [*verdicts(groups)]
+    return [markdown(row[:4]) for row in (rows[1], rows[3], rows[4], rows[9])]
+
+
+def end(runs, split, lens=None):
+    return spread([last(run, split, lens) for run in runs])
+
+
+def steps_to(runs, level, split="test_ood"):
+    return spread([first_step(run.history, level, split) for run in runs], 0)
+
+
+def at_fit(runs, lens=None):
+    """OOD answer, or a lens rate of OOD queries, at the first evaluation with training >= .99."""
+    shares = []
+    for run in runs:
+        step = first_step(run.history, 0.99, "train_inferred")
+        line = next(line for line in run.history if line["step"] == step)
+        shares.append((line["lens"] if lens else line["accuracy"])["test_ood"])
+        if lens:
+            shares[-1] = shares[-1][lens]
+    return spread(shares)
+
+
+def used(runs, kind):
+    return spread([map_at(run.paths["grokked"]["test_ood"], kind).max() for run in runs])
+
+
+def inside_lens(runs):
+    """How often the bridge is the lens's first entity at one site, OOD queries, grokked."""
+    return spread([entity_seen(run.paths["grokked"]["test_ood"]) for run in runs])
+
+
+def path_like(runs, one, two):
+    return spread([alike(*pair) for pair in within([swaps_of(run) for run in runs], one, two)])
+
+
+def new_facts(runs):
+    return ", ".join(end(runs, split) for split in ("new_old", "old_new", "new_new"))
+
+
+def markdown(row):
+    return "| " + " | ".join(map(str, row)) + " |"
+
+
+# ---------------------------------------------------------------- is it worthwhile?
+def worth(groups):
+    """What the wait costs and buys: starts of `small`, 500 steps on new facts, .21 of old ones."""
+    yield ["start", "steps", "extra compositions", "OOD answer", "new + old", "old + new",
+           "new + new"]
+    for regime, weights in (("natural", "before"), ("natural", "grokked"), ("both_full", "before"),
+                            ("both_full", "grokked"), ("both_half", "grokked")):
+        runs = groups[f"small/{regime}"]
+        tuned = groups[f"tune/small_{regime}_{weights}"]
+        steps = steps_to(runs, 0.99, "train_inferred") if weights == "before" else spread(
+            [run.history[-1]["step"] for run in runs], 0)
+        answer = at_fit(runs) if weights == "before" else end(runs, "test_ood")
+        yield [f"{regime}, {weights}", steps, extra_compositions(runs[0]), answer,
+               *(end(tuned, split) for split in ("new_old", "old_new", "new_new"))]
+
+
+def extra_compositions(run):
+    """How many compositions with an OOD fact the regime adds to training."""
+    world = build_data(run.about, run.folder)[1]["train_inferred"]
+    natural = build_data({**run.about, "regime": "natural"}, run.folder)[1]["train_inferred"]
+    return len(world.h) - len(natural.h)
+
+
+def worth_lines(groups):
+    """The README's table, as lines of Markdown."""
+    head, *rows = worth(groups)
+    return [markdown(row) for row in (head, ["---"] * len(head), *rows)]
+
+
+# ---------------------------------------------------------------- the page
+INTRODUCTION = """# Every run and every number
+
+Written whole by `python -m extras.tables -o runs/shipped/README.md` from the files in this folder;
+a test compares. A cell is the mean over seeds (least to most), "2 never" counts seeds that did not
+get there. Shares are of up to 500 queries a split and seed, by averaged weights, at the last step.
+Chance is the same rate for another query's bridge. `python -m extras.run_all` trains every run.
+"""
+
+
+def page(root):
+    """Lines of runs/shipped/README.md."""
+    groups = read_groups(root)
+    looked = {name: runs for name, runs in groups.items()
+              if runs[0].paths and not name.startswith("dial/")}
+    sections = {
+        "Verdicts": (verdicts, groups),
+        "The stages (Finding 1)": (stages, choose(groups, "small/", "tiny/")),
+        "The path of ID and OOD queries (Finding 1)": (likeness, looked),
+        "Seen, present, used (Finding 2)": (paths, looked),
+        "Which circuit, regime or seed?": (classes, choose(groups, "small/")),
+        "Half supervision in four cells": (cells, {name: runs for name, runs in groups.items()
+                                                   if all(run.cells for run in runs)}),
+        "The dials": (dials, choose(groups, "dial/", "small/second_full")),
+        "New facts (Finding 3)": (tuned, choose(groups, "tune/")),
+        "Is it worthwhile?": (worth, groups),
+        "Larger worlds": (growth, choose(groups, "growth/", "tiny/natural"))}
+    yield from INTRODUCTION.splitlines()
+    for title, (table, chosen) in sections.items():
+        head, *rows = table(chosen)
+        if rows:
+            yield from ["", f"## {title}", "", table.__doc__.splitlines()[0], ""]
+            for row in (head, ["---"] * len(head), *rows):
+                yield markdown(row)
+    for path in sorted(Path(root).glob("*.txt")):
+        yield from ["", f"## {path.stem}", "", "```",
+                    *path.read_text(encoding="utf-8").splitlines(), "```"]
+
+
+def choose(groups, *starts):
+    """The groups whose names begin with one of these."""
+    return {name: runs for name, runs in groups.items() if name.startswith(starts)}
+
+
+def main(argv=None):
+    """Print the tables of all runs below a folder; exit status 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="extras.tables", description=main.__doc__)
+    parser.add_argument("root", nargs="?", default="runs/shipped", help="(runs/shipped)")
+    parser.add_argument("-o", help="a file to write them to")
+    parser.add_argument("--measure", action="store_true", help="first write missing cells.json")
+    given = parser.parse_args(argv)
+    try:
+        if given.measure:
+            measure_cells(given.root)
+        lines = [*page(given.root)]
+        if given.o:
+            write_file(Path(given.o), ("\n".join(lines) + "\n").encode())
+        else:
+            say("\n".join(lines))
+    except (BadInput, OSError) as error:
+        print(f"extras.tables: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

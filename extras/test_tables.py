@@ -1,0 +1,119 @@
+"""The tables are those of the shipped files; their arithmetic is checked by hand."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+import grok
+from extras import tables
+from grok import first_step
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "runs" / "shipped"
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return tables.read_groups(SHIPPED)
+
+
+def test_the_page_of_runs_is_written_from_the_shipped_files():
+    expected = "\n".join(tables.page(SHIPPED)) + "\n"
+    assert (SHIPPED / "README.md").read_text(encoding="utf-8") == expected
+
+
+def test_the_verdicts_of_the_readme_are_those_of_the_shipped_files(groups):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in [*tables.short_verdicts(groups), *tables.worth_lines(groups)]:
+        assert line in readme
+
+
+def test_a_row_of_stages_worked_out_by_hand(groups):
+    head, *rows = tables.stages({"tiny/natural": groups["tiny/natural"]})
+    cell = dict(zip(head, rows[0]))
+    histories = [[json.loads(line) for line in (SHIPPED / f"tiny/natural/seed{seed}/metrics.jsonl")
+                  .read_text(encoding="utf-8").splitlines()] for seed in (0, 1, 2)]
+    fitted = []
+    for history in histories:
+        fitted.append(next(line["step"] for line in history
+                           if line["accuracy"]["train_inferred"] >= 0.99))
+    assert cell["training >= .99"] == f"{sum(fitted) / 3:.0f} ({min(fitted)} to {max(fitted)})"
+    ends = [history[-1]["accuracy"]["test_ood"] for history in histories]
+    assert cell["OOD answer"] == f"{np.mean(ends):.2f} ({min(ends):.2f} to {max(ends):.2f})"
+
+
+def test_four_cells_by_brute_force():
+    """Each OOD composition is looked up by hand among the training compositions."""
+    folder = SHIPPED / "small/both_half/seed0"
+    model, world, splits = grok.load_run(folder)
+    found = tables.four_cells(model, world, splits)
+    trained = list(zip(*(column.tolist() for column in splits["train_inferred"])))
+    as_hop1, as_hop2 = {(h, r1) for h, r1, *_ in trained}, {(b, r2) for _, _, r2, b, _ in trained}
+    asked = splits["test_ood"]
+    tokens, answers = grok.to_tokens(asked, world, model.config.layout)
+    right = (model(tokens).argmax(-1) == answers).tolist()
+    counts = {cell: [] for cell in found}
+    for h, r1, r2, b, good in zip(*(column.tolist() for column in asked[:4]), right):
+        words = ["no", "yes"]
+        counts[f"{words[(h, r1) in as_hop1]}, {words[(b, r2) in as_hop2]}"].append(good)
+    for cell, hits in counts.items():
+        assert found[cell]["n"] == len(hits)
+        assert found[cell]["right"] == pytest.approx(np.mean(hits), abs=1e-6)
+    stored = json.loads((folder / "cells.json").read_text(encoding="utf-8"))
+    assert {cell: part["n"] for cell, part in stored.items()} == {
+        cell: part["n"] for cell, part in found.items()}
+
+
+def test_runs_are_grouped_by_what_they_are(tmp_path):
+    """Runs that differ in more than their seed under one name, or the same run twice: refused."""
+    def made(name, *options):
+        assert grok.main(["--preset", "smoke", "--steps", "2", "--out", str(tmp_path / name),
+                          *options]) == 0
+
+    made("a/one")
+    made("a/two", "--seed", "1")
+    assert [len(runs) for runs in tables.read_groups(tmp_path).values()] == [2]
+    made("a/three", "--seed", "1")
+    with pytest.raises(data.BadInput, match="same run"):
+        tables.read_groups(tmp_path)
+    made("b/one")
+    made("b/two", "--regime", "both_full")
+    with pytest.raises(data.BadInput, match="more than its seed"):
+        tables.read_groups(tmp_path / "b")
+    with pytest.raises(data.BadInput, match="no run"):
+        tables.read_groups(tmp_path / "c")
+
+
+def test_wilson_interval():
+    """From the formula: n / (n + z^2) is the lower end of n of n."""
+    assert tables.wilson(16, 16) == (pytest.approx(0.806, abs=0.001), 1.0)
+    assert tables.wilson(0, 18) == (0.0, pytest.approx(0.176, abs=0.001))
+    assert tables.wilson(0, 0) == (0, 1)
+
+
+def test_alikeness_of_maps():
+    a = np.zeros((2, 2, 3))
+    a[0, 1, 1] = a[1, 0, 2] = 1
+    assert tables.alike(a, a) == 1 and tables.alike(a, 1 - a) == 0
+    assert tables.alike(a, a / 2) == pytest.approx(0.5)
+    free = np.ones(a.shape, bool)
+    assert 0 < tables.alike_shuffled(a, a, free) < 0.5
+    assert tables.alike_shuffled(a, a, a > 2) == 1  # nothing is free to move
+
+
+def test_spread_counts_the_seeds_that_never_got_there():
+    assert tables.spread([1, 2, 3], 0) == "2 (1 to 3)"
+    assert tables.spread([1, None, 3], 0) == "2 (1 to 3; 1 never)"
+    assert tables.spread([None, None]) == "never" and tables.spread([]) == ""
+    assert tables.spread([0.5]) == "0.50"
+
+
+def test_growth_is_in_the_order_of_size(groups):
+    head, *rows = tables.growth(tables.choose(groups, "growth/", "tiny/natural"))
+    sizes = [row[1] for row in rows]
+    assert sizes == sorted(sizes) and len(rows) >= 7
+    run = groups["growth/100"][0]
+    row = next(row for row in rows if row[0] == "growth/100")
+    assert str(first_step(run.history, 0.99, "train_inferred")) in row[6]
