@@ -1,7 +1,6 @@
 """Looking inside a trained model: the logit lens reads its values, patching moves them.
 
-    python analyze.py RUN...     lens, probe and patching of every run in these folders: paths.json
-                                 and figures beside its metrics
+    python analyze.py RUN...     measure every run in these folders: paths.json and two figures
 
 A site is (loop, part, position); part 0 is what was mixed in that loop, part 1 the state after it.
 The lens asks what a site *shows* (paper, Section 4), a probe what is *present*, patching what is
@@ -16,52 +15,49 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from data import BadInput
-from grok import (lens_rates, load_run, read_run, run_values, say, to_tokens, WEIGHTS,
-                  write_file)
+from grok import lens_rates, load_run, read_run, run_values, say, to_tokens, WEIGHTS, write_file
 
 PARTS, POSITIONS = ("mixed", "state"), ("h", "r1", "r2", "answer")
 EXAMINED = {"test_id": "ID", "test_ood": "OOD"}
-BATCH = 512  # queries at a time: bounds the memory at any size of world and model
+BATCH = 512  # queries at a time
 
 
-@torch.no_grad()
-def predict(model, tokens):
-    """The model's answers (N,) to tokens (N, T)."""
-    return torch.cat([model(part).argmax(-1) for part in tokens.split(BATCH)])
-
-
+# ---------------------------------------------------------------- what a site shows
 @torch.no_grad()
 def values_of(model, tokens):
     """The values at every site, (n_loops, 2, N, T, D), for tokens (N, T)."""
     return torch.cat([run_values(model, part) for part in tokens.split(BATCH)], 2)
 
 
-# ---------------------------------------------------------------- what a site shows
-@torch.no_grad()
 def logit_lens(model, tokens, first=None):
     """Top-1 token at every site, (n_loops, 2, N, T): the paper's lens. With `first` only so many
     tokens compete: with n_entities the entities, so that a site's own token cannot drown them."""
-    return torch.cat([model.unembed(run_values(model, part))[..., :first].argmax(-1)
-                      for part in tokens.split(BATCH)], 2)
+    return model.unembed(values_of(model, tokens))[..., :first].argmax(-1)
 
 
 def lens(model, tokens, bridges, answers, n_entities):
     """{part: {"bridge", "answer", "entity" (the bridge among the entities): lens_rates, and with
     "_chance" that of the query before, so the queries must come in random order}}."""
     top, among, found = logit_lens(model, tokens), logit_lens(model, tokens, n_entities), {}
+    asked = {"bridge": (top, bridges), "entity": (among, bridges), "answer": (top, answers)}
     for i, part in enumerate(PARTS):
         found[part] = {}
-        for name, shown, wanted in (("bridge", top, bridges), ("entity", among, bridges),
-                                    ("answer", top, answers)):
+        for name, (shown, wanted) in asked.items():
             found[part][name] = lens_rates(shown[:, i], wanted)
             found[part][name + "_chance"] = lens_rates(shown[:, i], wanted.roll(1))
     return found
 
 
 # ---------------------------------------------------------------- what is present
+def with_one(values):
+    """Values (n_loops, 2, N, T, D) -> (n_loops, 2, T, N, D + 1): a site's queries side by side."""
+    return F.pad(values, (0, 1), value=1.0).transpose(2, 3)
+
+
 def fit(model, tokens, targets, ridge=1.0):
     """Ridge regression at every site, in closed form: weights (n_loops, 2, T, D + 1, K) from the
     values of tokens (N, T), and a constant 1, to targets (N, K)."""
@@ -77,23 +73,23 @@ def read(model, tokens, weights):
     return with_one(values_of(model, tokens)) @ weights
 
 
-def with_one(values):
-    """Values (n_loops, 2, N, T, D) -> (n_loops, 2, T, N, D + 1): a site's queries side by side."""
-    return torch.nn.functional.pad(values, (0, 1), value=1.0).transpose(2, 3)
-
-
 def subspace(weights):
     """Orthonormal basis (n_loops, 2, T, D, k) of the directions by which the probe's weights tell
-    entities apart: k is at most K - 1, for a constant added to all scores tells nothing."""
+    entities apart; k is at most K - 1, for a constant added to all scores tells nothing."""
     scores = weights[..., :-1, :]                                       # without the constant
-    scores = scores - scores.mean(-1, keepdim=True)
-    basis, size, _ = torch.linalg.svd(scores, full_matrices=False)
+    basis, size, _ = torch.linalg.svd(scores - scores.mean(-1, keepdim=True), full_matrices=False)
     return basis * (size > 1e-4 * size.amax(-1, keepdim=True))[..., None, :]
 
 
 # ---------------------------------------------------------------- what is used
+@torch.no_grad()
+def predict(model, tokens):
+    """The model's answers (N,) to tokens (N, T)."""
+    return torch.cat([model(part).argmax(-1) for part in tokens.split(BATCH)])
+
+
 def patch(model, tokens, new):
-    """Logits (B, V) on tokens (B, T) with values put in: new = {site: (B, D)}."""
+    """Logits (N, V) on tokens (N, T) with values put in: new = {site: (N, D)}."""
     def edit(loop, part, value):
         for (at, where, position), put in new.items():
             if (at, PARTS[where]) == (loop, part):
@@ -103,25 +99,20 @@ def patch(model, tokens, new):
     return model(tokens, edit=edit)
 
 
-@torch.no_grad()
 def patch_map(model, tokens, new, predicted):
-    """Put new[site] into the runs on tokens (N, T), one site at a time; new as `values_of`.
-
-    Returns {"n", "redirected", "changed", "unchanged"}: maps of the share of answers that become
-    the predicted one (N,), another one, or stay. Without queries, {"n": 0} alone.
-    """
+    """Put the values `new` into the runs on tokens (N, T), one site at a time: {"n", "redirected",
+    "changed", "unchanged"}, maps of the share of answers that become the predicted one (N,),
+    another one, or stay. Without queries {"n": 0} alone."""
     if len(tokens) == 0:
         return {"n": 0}
-    usual, counts = predict(model, tokens), torch.zeros(3, *new.shape[:2], new.shape[3])
-    for site in np.ndindex(*counts.shape[1:]):
-        loop, part, position = site
-        for rows in torch.arange(len(tokens)).split(BATCH):
-            put = {site: new[loop, part, rows, position]}
-            got = patch(model, tokens[rows], put).argmax(-1)
-            hit, same = got == predicted[rows], got == usual[rows]
-            counts[(slice(None), *site)] += torch.stack([hit, ~hit & ~same, ~hit & same]).sum(1)
-    names = ("redirected", "changed", "unchanged")
-    return {"n": len(tokens), **dict(zip(names, (counts / len(tokens)).tolist()))}
+    usual, shares = predict(model, tokens), torch.zeros(3, *new.shape[:2], new.shape[3])
+    for loop, part, position in np.ndindex(*shares.shape[1:]):
+        put = new[loop, part, :, position]                              # (N, D)
+        got = patch(model, tokens, {(loop, part, position): put}).argmax(-1)
+        hit, same = got == predicted, got == usual
+        outcomes = torch.stack([hit, ~hit & ~same, ~hit & same])        # (3, N)
+        shares[:, loop, part, position] = outcomes.float().mean(1)
+    return {"n": len(tokens), **dict(zip(("redirected", "changed", "unchanged"), shares.tolist()))}
 
 
 def inside(clean, donor, basis):
@@ -131,19 +122,17 @@ def inside(clean, donor, basis):
     return clean + (difference @ basis @ basis.mT).transpose(2, 3)
 
 
+def visible(clean, donor, direction):
+    """The clean values with their part along `direction` (N, D) made the donor's."""
+    unit = (direction / direction.norm(dim=-1, keepdim=True))[:, None]  # (N, 1, D)
+    return clean + ((donor - clean) * unit).sum(-1, keepdim=True) * unit
+
+
 def codes(model, tokens, bridges, n_entities):
     """Each entity's mean value over the queries whose bridge it is, (n_loops, 2, E, T, D): all that
     a site carries of the bridge and of nothing else, if what it carries adds up."""
-    which = torch.nn.functional.one_hot(bridges, n_entities).float()                    # (N, E)
-    which = which / which.sum(0).clamp(min=1)
-    return torch.einsum("lpntd,ne->lpetd", values_of(model, tokens), which)
-
-
-def visible(clean, donor, direction):
-    """The clean values with their part along direction (N, D) made the donor's: the difference of
-    the two bridges' unembedding vectors, which is what the lens reads."""
-    unit = (direction / direction.norm(dim=-1, keepdim=True))[:, None]  # (N, 1, D)
-    return clean + ((donor - clean) * unit).sum(-1, keepdim=True) * unit
+    of = F.one_hot(bridges, n_entities).float()                         # (N, E)
+    return torch.einsum("lpntd,ne->lpetd", values_of(model, tokens), of / of.sum(0).clamp(min=1))
 
 
 def noise(donor):
@@ -159,23 +148,30 @@ def right_only(model, world, asked):
     return asked.take((predict(model, tokens) == answers).numpy())
 
 
-def pick_donors(clean, pool, allowed, rng):
-    """For each clean query a random one of the pool that `allowed` (N, P) permits: (clean, donors);
-    a clean query without a donor is left out."""
-    found = allowed.any(1) if allowed.size else np.zeros(len(clean.h), bool)
-    donor = (allowed * rng.random(allowed.shape))[found].argmax(1) if found.any() else []
-    return clean.take(found), pool.take(np.array(donor, int))
-
-
 def pairs(clean, pool):
     """The columns of clean (N, 1) and of pool (P,): compared, they give (N, P)."""
     return clean.take(np.s_[:, None]), pool
+
+
+def pick_donors(clean, pool, allowed, rng):
+    """(clean, donors): a random one of those `allowed` (N, P) for each clean query that has any."""
+    found = allowed.any(1)
+    donor = (allowed * rng.random(allowed.shape))[found].argmax(1) if found.any() else []
+    return clean.take(found), pool.take(np.array(donor, int))
 
 
 def swap(clean, pool, rng):
     """Donors with the same r2, another bridge and answer: the answer should be the donor's."""
     c, d = pairs(clean, pool)
     clean, donor = pick_donors(clean, pool, (c.r2 == d.r2) & (c.b != d.b) & (c.t != d.t), rng)
+    return clean, donor, donor.t
+
+
+def same_bridge(clean, pool, rng):
+    """Donors with the same bridge, another r2: only where the answer is carried is it theirs."""
+    c, d = pairs(clean, pool)
+    allowed = (c.b == d.b) & (c.r2 != d.r2) & (c.t != d.t) & ((c.h != d.h) | (c.r1 != d.r1))
+    clean, donor = pick_donors(clean, pool, allowed, rng)
     return clean, donor, donor.t
 
 
@@ -189,15 +185,6 @@ def other_r2(world, clean, pool, rng):
     return clean, donor, tail(world, donor.b, clean.r2)
 
 
-def same_bridge(clean, pool, rng):
-    """Donors with the same bridge, another r2 and answer: no change where b alone is carried; the
-    donor's answer where the answer is."""
-    c, d = pairs(clean, pool)
-    allowed = (c.b == d.b) & (c.r2 != d.r2) & (c.t != d.t) & ((c.h != d.h) | (c.r1 != d.r1))
-    clean, donor = pick_donors(clean, pool, allowed, rng)
-    return clean, donor, donor.t
-
-
 def tail(world, head, relation):
     """Tails of the facts (head, relation), -1 where there is none."""
     fact = world.index[head, relation]
@@ -207,10 +194,11 @@ def tail(world, head, relation):
 def corrupt(model, world, clean, rng):
     """Clean queries with h replaced at random and the answer lost, into which the clean values are
     put back: the answer should return (causal tracing of Meng et al. 2022, ROME)."""
-    moved = (clean.h + rng.integers(1, world.n_entities, len(clean.h))) % world.n_entities
-    tokens, answers = to_tokens(clean._replace(h=moved), world, model.config.layout)
+    heads = (clean.h + rng.integers(1, world.n_entities, len(clean.h))) % world.n_entities
+    moved = clean._replace(h=heads)
+    tokens, answers = to_tokens(moved, world, model.config.layout)
     lost = (predict(model, tokens) != answers).numpy()
-    return clean._replace(h=moved).take(lost), clean.take(lost), clean.t[lost]
+    return moved.take(lost), clean.take(lost), clean.t[lost]
 
 
 # ---------------------------------------------------------------- inference paths of a run
@@ -220,50 +208,33 @@ def inference_path(model, world, splits, n=500, most=2000):
     Up to n random ones for lens and probe, which is fitted on up to `most` ID queries that nothing
     else uses; up to n answered rightly for patching, with donors from up to `most` of the split.
     """
-    rng, layout = np.random.default_rng(0), model.config.layout
-    order = {split: rng.permutation(len(splits[split].h)) for split in EXAMINED}
-    half = len(order["test_id"]) // 2
-    known = splits["test_id"].take(order["test_id"][half:][:most])
-    asked = {"test_id": splits["test_id"].take(order["test_id"][:half][:most]),
-             "test_ood": splits["test_ood"].take(order["test_ood"][:most])}
-    right = {split: right_only(model, world, asked[split]) for split in EXAMINED}
-    known_tokens, bridges = to_tokens(known, world, layout)[0], torch.from_numpy(known.b)
-    probe = fit(model, known_tokens, torch.eye(world.n_entities)[bridges])
-    map_to_tokens = fit(model, known_tokens, model.vectors()[bridges])
-    code = codes(model, known_tokens, bridges, world.n_entities)
-    path = {}
+    rng, E, paths = np.random.default_rng(0), world.n_entities, {}
+    shuffled = {name: splits[name].take(rng.permutation(len(splits[name].h))) for name in EXAMINED}
+    half = len(shuffled["test_id"].h) // 2
+    known = shuffled["test_id"].take(slice(half, half + most))
+    asked = {"test_id": shuffled["test_id"].take(slice(min(half, most))),
+             "test_ood": shuffled["test_ood"].take(slice(most))}
+    right = {name: right_only(model, world, queries) for name, queries in asked.items()}
+    tokens, bridges = to_tokens(known, world, model.config.layout)[0], torch.from_numpy(known.b)
+    probe = fit(model, tokens, torch.eye(E)[bridges])
+    to_token = fit(model, tokens, model.vectors()[bridges])
+    code = codes(model, tokens, bridges, E)
     for split, other in (("test_id", "test_ood"), ("test_ood", "test_id")):
         some = asked[split].take(slice(n))
-        tokens, answers = to_tokens(some, world, layout)
+        tokens, answers = to_tokens(some, world, model.config.layout)
         b = torch.from_numpy(some.b)
-        path[split] = {
-            "n": len(b), "lens": lens(model, tokens, b, answers, world.n_entities),
+        paths[split] = {
+            "n": len(b), "lens": lens(model, tokens, b, answers, E),
             "probe": means(read(model, tokens, probe).argmax(-1) == b),
-            "translated": means(model.unembed(read(model, tokens, map_to_tokens)).argmax(-1) == b),
+            "translated": means(model.unembed(read(model, tokens, to_token)).argmax(-1) == b),
             "patch": patches(model, world, right[split], right[other], subspace(probe), code, n),
             "pair": pair_of_states(model, world, right[split], n)}
-    return path
+    return paths
 
 
-def patches(model, world, pool, other, basis, code, n):
-    """Every kind of patch at every site, {kind: patch_map}, for up to n of the Queries `pool`;
-    "across" takes its donors from the Queries `other`."""
-    rng, clean, vector, maps = np.random.default_rng(0), pool.take(slice(n)), model.vectors(), {}
-    for kind, (queries, donor, predicted) in {
-            "swap": swap(clean, pool, rng), "same_bridge": same_bridge(clean, pool, rng),
-            "restore": corrupt(model, world, clean, rng),
-            "across": other_r2(world, clean, other, rng)}.items():
-        tokens, _, theirs = prepared(model, world, queries, donor)
-        maps[kind] = patch_map(model, tokens, theirs, torch.from_numpy(predicted))
-    queries, donor, predicted = other_r2(world, clean, pool, rng)
-    tokens, ours, theirs = prepared(model, world, queries, donor)
-    direction = vector[donor.b] - vector[queries.b]
-    for kind, new in {"other_r2": theirs, "visible": visible(ours, theirs, direction),
-                      "inside": inside(ours, theirs, basis), "noise": noise(theirs),
-                      "outside": inside(theirs, ours, basis),
-                      "code": ours + code[:, :, donor.b] - code[:, :, queries.b]}.items():
-        maps[kind] = patch_map(model, tokens, new, torch.from_numpy(predicted))
-    return maps
+def means(right):
+    """Means over the queries, the last axis, as nested lists; None without queries."""
+    return torch.as_tensor(right).double().mean(-1).tolist() if right.shape[-1] else None
 
 
 def prepared(model, world, clean, donor):
@@ -272,60 +243,74 @@ def prepared(model, world, clean, donor):
     return tokens, values_of(model, tokens), values_of(model, donor_tokens)
 
 
-def pair_of_states(model, world, pool, n):
-    """Is it a bridge that the states at h and r1 hold together, or the question that leads to it?
+def patches(model, world, pool, other, basis, code, n):
+    """Every kind of patch at every site, {kind: patch_map}, for up to n of the Queries `pool`;
+    "across" takes its donors from the Queries `other`."""
+    rng, clean, maps = np.random.default_rng(0), pool.take(slice(n)), {}
+    whole = {"swap": swap(clean, pool, rng), "same_bridge": same_bridge(clean, pool, rng),
+             "restore": corrupt(model, world, clean, rng),
+             "across": other_r2(world, clean, other, rng),
+             "other_r2": other_r2(world, clean, pool, rng)}
+    for kind, (queries, donor, predicted) in whole.items():
+        tokens, ours, theirs = prepared(model, world, queries, donor)
+        maps[kind] = patch_map(model, tokens, theirs, torch.from_numpy(predicted))
+    # now parts of the last kind's values; the lens reads along the bridges' unembedding vectors
+    direction = model.vectors()[donor.b] - model.vectors()[queries.b]   # (N, D)
+    parts = {"visible": visible(ours, theirs, direction), "inside": inside(ours, theirs, basis),
+             "noise": noise(theirs), "outside": inside(theirs, ours, basis),
+             "code": ours + code[:, :, donor.b] - code[:, :, queries.b]}
+    for kind, new in parts.items():
+        maps[kind] = patch_map(model, tokens, new, torch.from_numpy(predicted))
+    return maps
 
-    For each loop both states come from other runs. "one": one donor with another r2 (the share that
-    goes to the tail of its bridge). "two": h's from a donor A and r1's from a donor B with A's
-    bridge; then the answer is the tail of that bridge ("bridge"), or of what the fact (h of A, r1
-    of B) says ("question"). {"one", "bridge", "question": shares, one a loop; "n", "n_two"}.
+
+def pair_of_states(model, world, pool, n):
+    """Do the states at h and r1 hold the bridge together, or the question that leads to it?
+
+    {"n", "n_two", "one", "bridge", "question"}: shares, one a loop after which both are swapped.
+    "one": both are a donor A's, and A's bridge decides the answer. The others: h's is A's, r1's
+    that of a B with A's bridge; this bridge, or the fact (h of A, r1 of B) decides the answer.
     """
-    rng, clean = np.random.default_rng(0), pool.take(slice(n))
-    first, a, to_bridge = other_r2(world, clean, pool, rng)
-    one = pair_swap(model, world, first, a, a)
+    rng = np.random.default_rng(0)
+    clean, a, bridge = other_r2(world, pool.take(slice(n)), pool, rng)
+    one = pair_swap(model, world, clean, a, a) == bridge                # (n_loops, N)
     c, d = pairs(a, pool)
-    same = (c.b == d.b) & (c.h != d.h) & (c.r1 != d.r1)
-    mixed = tail(world, c.h, d.r1)                                      # what A and B ask together
-    allowed = same & (mixed >= 0) & (mixed != c.b)
-    found = allowed.any(1) if allowed.size else np.zeros(len(a.h), bool)
-    two, a_two = first.take(found), a.take(found)
-    _, b = pick_donors(a, pool, allowed, rng)
-    asked = tail(world, tail(world, a_two.h, b.r1), two.r2)             # (N_two,)
-    both = pair_swap(model, world, two, a_two, b)
-    bridge = to_bridge[found]
+    both = tail(world, c.h, d.r1)                                       # what A and B ask together
+    allowed = (c.b == d.b) & (c.h != d.h) & (c.r1 != d.r1) & (both >= 0) & (both != c.b)
+    two, bridge = clean.take(allowed.any(1)), bridge[allowed.any(1)]
+    a, b = pick_donors(a, pool, allowed, rng)
+    got = pair_swap(model, world, two, a, b)                            # (n_loops, N_two)
+    asked = tail(world, tail(world, a.h, b.r1), two.r2)
     apart = (asked >= 0) & (asked != bridge) & (asked != two.t)
-    return {"n": len(first.h), "n_two": int(apart.sum()),
-            "one": means(one == to_bridge), "bridge": means((both == bridge)[:, apart]),
-            "question": means((both == asked)[:, apart])}
+    return {"n": len(clean.h), "n_two": int(apart.sum()), "one": means(one),
+            "bridge": means((got == bridge)[:, apart]), "question": means((got == asked)[:, apart])}
 
 
 def pair_swap(model, world, clean, at_h, at_r1):
-    """Answers (n_loops, N) with h's state from at_h and r1's from at_r1, after each loop in turn."""
-    tokens, _ = to_tokens(clean, world, model.config.layout)
+    """Answers (n_loops, N) with h's state from at_h, r1's from at_r1, after each loop in turn."""
+    tokens, answers = to_tokens(clean, world, model.config.layout)[0], []
     _, first, second = prepared(model, world, at_h, at_r1)
-    got = np.full((len(first), len(tokens)), -1)
-    for loop in range(len(first) if len(tokens) else 0):
+    for loop in range(len(first)):
         new = {(loop, 1, 0): first[loop, 1, :, 0], (loop, 1, 1): second[loop, 1, :, 1]}
-        got[loop] = patch(model, tokens, new).argmax(-1).numpy()
-    return got
-
-
-def means(right):
-    """Means over the queries, the last axis, as nested lists; None without queries."""
-    return np.asarray(right).mean(-1).tolist() if right.shape[-1] else None
+        answers.append(patch(model, tokens, new).argmax(-1).numpy())
+    return np.array(answers)
 
 
 # ---------------------------------------------------------------- what the maps say
 def map_at(found, kind, outcome="redirected"):
-    """A map of one kind of patch as an array (n_loops, 2, T), zeros where nothing was measured."""
+    """A map (n_loops, 2, T) of one split as an array: of a kind of lens, the "probe", or a kind of
+    patch, zeros where nothing was measured."""
+    if kind in found["lens"]["state"]:
+        return np.stack([found["lens"][part][kind]["map"] for part in PARTS], 1)
+    if kind == "probe":
+        return np.asarray(found["probe"])
     maps = found["patch"][kind]
     return np.asarray(maps[outcome]) if maps["n"] else np.zeros_like(found["probe"])
 
 
 def circuit(found, least=0.5):
-    """Where the bridge is used: (part, loop, position, share) of the site where a donor with another
-    r2, or the bridge's code alone, redirects most, states first; ("spread", None, None, share) if
-    none redirects `least`."""
+    """Where the bridge is used: (part, loop, position, share) of the site, states first, where
+    "other_r2" or "code" redirects most; ("spread", None, None, share) if that is below `least`."""
     used = np.maximum(map_at(found, "other_r2"), map_at(found, "code"))
     for part in (1, 0):
         loop, position = np.unravel_index(used[:, part].argmax(), used[:, part].shape)
@@ -339,11 +324,12 @@ def trace(model, world, query):
     names = [*world.entity_names, *world.relation_names, "_"]
     tokens, _ = to_tokens(query, world, model.config.layout)
     h, r1, r2 = (names[token] for token in tokens[0, :3])
-    lines = [f"({h}, {r1}) is the bridge {names[query.b[0]]}, ({names[query.b[0]]}, {r2}) is "
-             f"{names[query.t[0]]}: top-1 token at each site"]
-    lines.append(f"{'loop':<6}{'part':<8}" + "".join(f"{p:<10}" for p in places(tokens.shape[1])))
-    for (loop, part), row in zip(np.ndindex(99, 2), logit_lens(model, tokens)[..., 0, :].flatten(0, 1)):
-        lines.append(f"{loop + 1:<6}{PARTS[part]:<8}" + "".join(f"{names[t]:<10}" for t in row))
+    b, t, top = names[query.b[0]], names[query.t[0]], logit_lens(model, tokens)[:, :, 0]
+    lines = [f"({h}, {r1}) is the bridge {b}, ({b}, {r2}) is {t}: top-1 token at each site",
+             f"{'loop':<6}{'part':<8}" + "".join(f"{p:<10}" for p in places(top.shape[2]))]
+    for loop, part in np.ndindex(*top.shape[:2]):
+        shown = "".join(f"{names[token]:<10}" for token in top[loop, part])
+        lines.append(f"{loop + 1:<6}{PARTS[part]:<8}{shown}")
     return lines
 
 
@@ -355,30 +341,21 @@ def places(n):
 # ---------------------------------------------------------------- figures of one run
 def plot_maps(paths, part, title):
     """What is seen, present and used at each site of one part: a row a stage and split."""
-    columns = {"seen: bridge is top-1": "bridge", "seen among entities": "entity",
-               "present: a probe reads it": "probe", "used: a donor redirects": "other_r2",
-               "used: its code redirects": "code", "donor of the same bridge": "same_bridge"}
+    columns = {"bridge": "seen: bridge is top-1", "entity": "seen among entities",
+               "probe": "present: a probe reads it", "other_r2": "used: a donor redirects",
+               "code": "used: its code redirects", "same_bridge": "donor of the same bridge"}
     rows = [(stage, split) for stage in paths for split in EXAMINED]
-    figure = Figure((2.1 * len(columns) + 0.6, 1.7 * len(rows) + 0.8), layout="constrained")
+    figure = Figure((13.2, 1.7 * len(rows) + 0.8), layout="constrained")
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for (stage, split), line in zip(rows, grid):
         line[0].set_ylabel(f"{EXAMINED[split]}, {stage}\nloop", fontsize=8)
-        for (name, kind), axes in zip(columns.items(), line):
+        for (kind, name), axes in zip(columns.items(), line):
             found = paths[stage][split]
-            n, values = panel(found, kind, part)
+            n = found["patch"].get(kind, found)["n"]
             axes.set_title(f"{name}\nn = {n}" if n else f"{name}\ntoo few", fontsize=7)
-            draw_map(axes, values)
+            draw_map(axes, map_at(found, kind)[:, part])
     figure.suptitle(title, fontsize=9)
     return figure
-
-
-def panel(found, kind, part):
-    """(n, map (n_loops, T)) of a column of `plot_maps`."""
-    if kind in ("bridge", "entity"):
-        return found["n"], found["lens"][PARTS[part]][kind]["map"]
-    if kind == "probe":
-        return found["n"], np.asarray(found["probe"])[:, part]
-    return found["patch"][kind]["n"], map_at(found, kind)[:, part]
 
 
 def draw_map(axes, values):
@@ -387,26 +364,24 @@ def draw_map(axes, values):
     for (loop, position), value in np.ndenumerate(np.asarray(values)):
         axes.text(position, loop, f"{value:.2f}", ha="center", va="center", fontsize=8,
                   color="white" if value > 0.6 else "black")
-    width, height = len(values[0]), len(values)
+    height, width = np.shape(values)
     axes.fill_between([width - 1.5, width - 0.5], height - 1.5, height - 0.5, hatch="//",
                       facecolor="none", edgecolor="0.6", linewidth=0)
     axes.set_xticks(range(width), places(width), fontsize=8)
-    axes.set_yticks(range(len(values)), range(1, len(values) + 1), fontsize=8)
+    axes.set_yticks(range(height), range(1, height + 1), fontsize=8)
 
 
 # ---------------------------------------------------------------- the command line
 def analyze_run(folder):
     """Measure one run: paths.json and a figure for each part into its folder."""
-    about, _ = read_run(folder)
-    paths = {}
-    for stage, file in WEIGHTS.items():
-        if (folder / file).exists():
-            model, world, splits = load_run(folder, stage)
-            if min((len(splits[split].h) for split in EXAMINED if split in splits), default=0) < 2:
-                raise BadInput(f"{folder}: too few ID or OOD compositions to look into")
-            paths[stage] = inference_path(model, world, splits)
-            for split in EXAMINED:
-                report(stage, split, paths[stage][split])
+    about, paths = read_run(folder)[0], {}
+    for stage in [stage for stage, file in WEIGHTS.items() if (folder / file).exists()]:
+        model, world, splits = load_run(folder, stage)
+        if min(len(splits[split].h) if split in splits else 0 for split in EXAMINED) < 2:
+            raise BadInput(f"{folder}: too few ID or OOD compositions to look into")
+        paths[stage] = inference_path(model, world, splits)
+        for split, kind in EXAMINED.items():
+            say(f"{kind}, {stage}: {report(paths[stage][split])}")
     if not paths:
         raise BadInput(f"{folder}: holds no weights")
     write_file(folder / "paths.json", json.dumps(paths).encode())
@@ -415,14 +390,13 @@ def analyze_run(folder):
         plot_maps(paths, part, title).savefig(folder / f"{name}.png", dpi=130)
 
 
-def report(stage, split, found):
-    """One line on a stage and split of a run: seen, present, used."""
+def report(found):
+    """How far the bridge is seen, present and used."""
     seen, (part, loop, position, used) = found["lens"]["state"], circuit(found)
     where = part if loop is None else f"{part} ({loop + 1}, {places(99)[position]})"
-    say(f"{EXAMINED[split]}, {stage}: bridge seen anywhere {seen['bridge']['any']:.2f} (chance "
-        f"{seen['bridge_chance']['any']:.2f}), at one site {seen['bridge']['best']:.2f}, among the "
-        f"entities {seen['entity']['best']:.2f}; present {np.max(found['probe']):.2f}; used "
-        f"{used:.2f}: {where}")
+    return (f"bridge seen anywhere {seen['bridge']['any']:.2f} (chance "
+            f"{seen['bridge_chance']['any']:.2f}), among entities {seen['entity']['best']:.2f}; "
+            f"present {np.max(found['probe']):.2f}; used {used:.2f}: {where}")
 
 
 def main(argv=None):

@@ -189,10 +189,9 @@ def add_facts(world, splits, config):
     trained = np.concatenate([np.flatnonzero(remains), injected2, injected1])
     return world, {"kept_atomic": queries(world, np.flatnonzero(is_kept)),
                    "new_atomic": queries(world, np.flatnonzero(is_new)),
-                   "train_inferred": asked.take(trained),
                    "new_old": asked.take(np.setdiff1d(new_old, injected1)),
                    "old_new": asked.take(np.setdiff1d(old_new, injected2)),
-                   "new_new": asked.take(new_new),
+                   "new_new": asked.take(new_new), "train_inferred": asked.take(trained),
                    "old_atomic": splits["id_atomic"], "old_inferred": splits["test_id"]}
 
 

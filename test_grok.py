@@ -1387,17 +1387,16 @@ def test_foreign_settings_and_weights_are_refused(here, capsys):
 
 # ---------------------------------------------------------------- analyze: a circuit known by hand
 class TwoHopTable(torch.nn.Module):
-    """A model built by hand: exact lookup of the bridge at r1 in loop 1, of the tail in loop 2.
-
-    Vectors are one-hot. What is looked up is `mixed` first, then replaces the state at its
-    position; loop 3 changes nothing. So every map of lens, probe and patching is known in advance.
-    """
-
+    """By hand: loop 1 looks up the bridge at r1, loop 2 the tail at the answer, loop 3 nothing.
+    Vectors are one-hot; what is found is `mixed`, then the state there: all maps are known."""
     def __init__(self, world, layout):
         super().__init__()
-        size = world.n_entities + world.n_relations + 1
-        self.world, self.embedding = world, torch.eye(size)
+        self.E, size = world.n_entities, world.n_entities + world.n_relations + 1
+        self.embedding = torch.eye(size)
         self.config = grok.Config(d_model=size, n_loops=3, layout=layout)
+        self.tails = torch.full((size, world.n_relations), size - 1)  # the blank: no such fact
+        head, relation, tail = torch.from_numpy(world.facts).T
+        self.tails[head, relation] = tail
 
     def forward(self, tokens, edit=None):
         state = self.embedding[tokens]
@@ -1405,19 +1404,13 @@ class TwoHopTable(torch.nn.Module):
             mixed = self.embedding[-1].expand_as(state).clone()  # the blank: nothing looked up
             if loop < 2:
                 entity = tokens[:, 0] if loop == 0 else state[:, 1].argmax(-1)
-                relation = tokens[:, 1 + loop] - self.world.n_entities
-                mixed[:, 1 if loop == 0 else -1] = self.embedding[self.tail(entity, relation)]
+                tail = self.tails[entity, tokens[:, 1 + loop] - self.E]
+                mixed[:, 1 if loop == 0 else -1] = self.embedding[tail]
             mixed = edit(loop, "mixed", mixed) if edit else mixed
             nothing = mixed.argmax(-1, keepdim=True) == len(self.embedding) - 1
             state = torch.where(nothing, state, mixed)
             state = edit(loop, "state", state) if edit else state
         return self.unembed(state[:, -1])
-
-    def tail(self, entity, relation):
-        """The tail of the fact, -1 (the blank) where there is none or `entity` is a relation."""
-        facts = {(h, r): t for h, r, t in self.world.facts.tolist()}
-        asked = zip(entity.tolist(), relation.tolist())
-        return torch.tensor([facts.get(pair, -1) for pair in asked], dtype=torch.long)
 
     def vectors(self):
         return self.embedding
@@ -1457,35 +1450,23 @@ def assert_sites(found, ones, but=0):
     assert np.array_equal(found, expected)
 
 
-def test_lens_finds_the_known_circuit(table):
+def test_lens_finds_the_known_circuit_among_entities_also_below_louder_tokens(table):
     model, world, asked = table
     tokens, answers = to_tokens(asked, world, model.config.layout)
-    found = analyze.lens(model, tokens, torch.from_numpy(asked.b), answers, world.n_entities)
-    for name, sites in (("bridge", [BRIDGE[0], (0, 1, 1), (1, 1, 1), (2, 1, 1)]),
-                        ("answer", ANSWER)):
-        both = np.stack([found[part][name]["map"] for part in analyze.PARTS], 1)
-        assert_sites(both, sites)
-    assert found["state"]["bridge"]["any"] == found["state"]["bridge"]["best"] == 1
-    assert found["state"]["bridge"]["best_site"][1] == 1
-    # the chance level counts another query's bridge, which can be this one's by accident only
-    shared = (asked.b == np.roll(asked.b, 1)).mean()
-    assert found["state"]["bridge_chance"]["map"][0][1] == pytest.approx(shared)
-
-
-def test_lens_among_entities_sees_a_bridge_below_a_louder_token(table):
-    """Relation r2 is added at twice the size where the bridge stands: top-1 is r2, then b."""
-    model, world, asked = table
-    tokens, answers = to_tokens(asked, world, model.config.layout)
+    known = tokens, torch.from_numpy(asked.b), answers, world.n_entities
+    found = analyze.lens(model, *known)
+    for name, sites in (("bridge", [*BRIDGE, (1, 1, 1), (2, 1, 1)]), ("answer", ANSWER)):
+        assert_sites(np.stack([found[part][name]["map"] for part in analyze.PARTS], 1), sites)
+    seen, chance = found["state"]["bridge"], found["state"]["bridge_chance"]
+    assert seen["any"] == seen["best"] == 1 and seen["best_site"][1] == 1
+    assert chance["map"][0][1] == pytest.approx((asked.b == np.roll(asked.b, 1)).mean())
 
     class Louder(TwoHopTable):
-        def forward(self, tokens, edit=None):
-            def loud(loop, part, value):
-                value = value + 2 * (part == "state") * self.embedding[tokens[:, 2]][:, None]
-                return edit(loop, part, value)
-            return super().forward(tokens, loud)
+        def unembed(self, state):
+            logits = super().unembed(state)
+            return logits + 2.0 * (torch.arange(logits.shape[-1]) >= self.E)  # all but entities
 
-    found = analyze.lens(Louder(world, model.config.layout), tokens, torch.from_numpy(asked.b),
-                         answers, world.n_entities)["state"]
+    found = analyze.lens(Louder(world, model.config.layout), *known)["state"]
     assert found["bridge"]["map"][0][1] == 0 and found["entity"]["map"][0][1] == 1
 
 
@@ -1501,18 +1482,14 @@ def test_patching_finds_the_known_circuit(known_maps, kind, redirected, changed)
 
 
 def test_parts_of_a_value_redirect_where_the_bridge_is_and_only_if_they_hold_it(known_maps):
-    """Its token's direction, the probe's subspace, its code: all of it; outside them: nothing."""
+    """Its token's direction, the probe's subspace, its code: all of it; outside them: nothing.
+    Noise breaks the run."""
     for kind, expected in (("visible", 1), ("inside", 1), ("code", 1), ("outside", 0)):
         found = np.asarray(known_maps[kind]["redirected"])
         assert all(found[site] == expected for site in BRIDGE), kind
-        if kind != "code":
-            assert all(found[site] < 0.05 for site in ANSWER)  # by accident only
-
-
-def test_noise_breaks_but_does_not_redirect(known_maps):
-    noise = {name: np.asarray(known_maps["noise"][name])[0, 1, 1] for name in (
-        "redirected", "unchanged")}
-    assert noise["redirected"] < 0.15 and noise["unchanged"] < 0.15
+        assert kind == "code" or all(found[site] < 0.05 for site in ANSWER)  # by accident only
+    for outcome in ("redirected", "unchanged"):
+        assert known_maps["noise"][outcome][0][1][1] < 0.15
 
 
 def test_two_donors_of_one_bridge_tell_the_bridge_from_the_question(table):
@@ -1520,151 +1497,148 @@ def test_two_donors_of_one_bridge_tell_the_bridge_from_the_question(table):
     model, world, asked = table
     found = analyze.pair_of_states(model, world, asked, 400)
     assert found["n"] > 300 and found["n_two"] > 50
-    assert found["one"][0] == found["bridge"][0] == 1 and found["question"][0] == 0
-    assert found["one"][1:] == [0, 0]
+    assert found["one"] == [1, 0, 0] and found["bridge"][0] == 1 and found["question"][0] == 0
+    clean, donor, predicted = analyze.other_r2(world, asked, asked, np.random.default_rng(0))
+    assert (analyze.pair_swap(model, world, clean, clean, donor)[0] == predicted).all()
 
 
 def test_donors_obey_their_rules(table):
     _, world, asked = table
-    rng = np.random.default_rng(0)
+    rng, tails = np.random.default_rng(0), {(h, r): t for h, r, t in world.facts.tolist()}
     clean, donor, predicted = analyze.swap(asked, asked, rng)
-    assert (clean.r2 == donor.r2).all() and (clean.b != donor.b).all()
+    assert len(clean.h) and (clean.r2 == donor.r2).all() and (clean.b != donor.b).all()
     assert (clean.t != donor.t).all() and (predicted == donor.t).all()
     clean, donor, predicted = analyze.same_bridge(asked, asked, rng)
-    assert (clean.b == donor.b).all() and (clean.r2 != donor.r2).all()
+    assert len(clean.h) and (clean.b == donor.b).all() and (clean.r2 != donor.r2).all()
     assert (clean.t != donor.t).all() and ((clean.h != donor.h) | (clean.r1 != donor.r1)).all()
     clean, donor, predicted = analyze.other_r2(world, asked, asked, rng)
-    tails = {(h, r): t for h, r, t in world.facts.tolist()}
-    assert predicted.tolist() == [tails[b, r2] for b, r2 in zip(donor.b, clean.r2)]
+    assert len(clean.h) and (clean.r2 != donor.r2).all() and (clean.b != donor.b).all()
     assert (predicted != donor.t).all() and (predicted != clean.t).all()
-    assert (clean.r2 != donor.r2).all() and (clean.b != donor.b).all()
+    assert predicted.tolist() == [tails[b, r2] for b, r2 in zip(donor.b, clean.r2)]
 
 
-def test_probe_reads_the_bridge_where_the_known_circuit_carries_it(table):
-    """At r1 in every state; hardly from the head, which goes to many bridges."""
-    model, world, asked = table
-    known, other = asked.take(np.s_[::2]), asked.take(np.s_[1::2])
-    tokens, other_tokens = (to_tokens(q, world, model.config.layout)[0] for q in (known, other))
-    weights = analyze.fit(model, tokens, torch.eye(world.n_entities)[torch.from_numpy(known.b)])
-    right = analyze.read(model, other_tokens, weights).argmax(-1) == torch.from_numpy(other.b)
-    found = np.array(analyze.means(right))
-    assert found.shape == (3, 2, tokens.shape[1])
-    assert np.all(found[:, 1, 1] == 1) and np.all(found[:, 1, 0] < 0.6)
-
-
-def test_without_a_right_answer_there_is_nothing_to_patch(table):
-    """n = 0, not a crash, and nothing that JSON does not know."""
+def test_without_right_answers_there_is_nothing_to_patch_with(table):
     model, world, asked = table
     wrong = asked._replace(t=(asked.t + 1) % world.n_entities)
-    pool = analyze.right_only(model, world, wrong)
-    size = len(model.embedding)
-    basis, code = torch.zeros(size, 1), torch.zeros(3, 2, world.n_entities, 1, size)
-    found = analyze.patches(model, world, pool, pool, basis, code, n=10)
-    pair = analyze.pair_of_states(model, world, pool, n=10)
-    assert {kind: maps["n"] for kind, maps in found.items()} == dict.fromkeys(found, 0)
-    assert pair["n"] == 0 and pair["one"] is pair["bridge"] is None
-    json.dumps([found, pair], allow_nan=False)
+    paths = analyze.inference_path(model, world, {"test_id": asked, "test_ood": wrong}, n=100)
+    right, found = paths["test_id"], paths["test_ood"]
+    assert all(state[1] == 1 and state[0] < 0.6 for _, state in right["probe"])  # r1, h
+    assert right["patch"]["swap"]["n"] == 100 and right["patch"]["across"]["n"] == 0
+    assert {maps["n"] for maps in found["patch"].values()} == {found["pair"]["n"]} == {0}
+    assert found["pair"]["one"] is found["pair"]["bridge"] is None
+    json.dumps(paths, allow_nan=False)
 
 
 # ---------------------------------------------------------------- analyze: a real model
-@pytest.fixture(scope="module", params=["attention", "tokens"])
+@pytest.fixture(scope="module", params=[{}, dict(layout="bidirectional", mixing="tokens",
+                                                 tied=False, copy=True)])
 def real(request):
-    """An untrained model of the smoke preset, its world and some of its ID test compositions."""
-    _, world, settings = grok.PRESETS["smoke"]
-    config = data.WorldConfig(**world)
+    """An untrained model of the smoke preset, its tokens (N, T) and ID test compositions."""
+    _, config, settings = grok.PRESETS["smoke"]
+    config, settings = data.WorldConfig(**config), grok.Config(**{**settings, **request.param})
     world = data.make_world(config)
-    torch.manual_seed(0)
-    kind = {} if request.param == "attention" else dict(
-        layout="bidirectional", mixing="tokens", tied=False, copy=True)
-    model = grok.LoopedTransformer(grok.Config(**{**settings, **kind}), world.n_entities,
-                                   world.n_relations).requires_grad_(False)
-    return model, world, data.make_splits(world, config)["test_id"]
+    asked = data.make_splits(world, config)["test_id"]
+    model = grok.LoopedTransformer(settings, world.n_entities, world.n_relations)
+    return model.requires_grad_(False), to_tokens(asked, world, settings.layout)[0], asked
 
 
-def test_lens_of_the_last_answer_state_is_the_output(real):
-    model, world, asked = real
-    tokens, _ = to_tokens(asked, world, model.config.layout)
+def test_patching_and_lens_agree_with_the_output_bit_for_bit(real):
+    """The last answer state shows the output, and gives it to another query; a query's own value
+    changes nothing at any site."""
+    model, tokens, _ = real
+    values, donor = analyze.values_of(model, tokens), tokens.roll(1, 0)
     assert torch.equal(analyze.logit_lens(model, tokens)[-1, 1, :, -1],
                        analyze.predict(model, tokens))
-
-
-def test_patching_with_another_and_with_itself_bit_for_bit(real):
-    """The last answer state of another query gives its logits; a query's own value changes none."""
-    model, world, asked = real
-    tokens, _ = to_tokens(asked, world, model.config.layout)
-    donor, last = tokens.roll(1, 0), (model.config.n_loops - 1, 1, tokens.shape[1] - 1)
-    value = analyze.values_of(model, donor)[last[0], 1, :, last[2]]
-    assert torch.equal(analyze.patch(model, tokens, {last: value}), model(donor))
-    values = analyze.values_of(model, tokens)
+    last = model.config.n_loops - 1, 1, tokens.shape[1] - 1
+    new = {last: analyze.values_of(model, donor)[-1, 1, :, -1]}
+    assert torch.equal(analyze.patch(model, tokens, new), model(donor))
     for loop, part, position in np.ndindex(*values.shape[:2], tokens.shape[1]):
         same = {(loop, part, position): values[loop, part, :, position]}
         assert torch.equal(analyze.patch(model, tokens, same), model(tokens))
 
 
-def test_patching_in_batches_equals_one_query_at_a_time(real, monkeypatch):
-    model, world, asked = real
-    tokens, answers = to_tokens(asked.take(slice(12)), world, model.config.layout)
-    new = analyze.values_of(model, tokens.flip(0))
-    batched = analyze.patch_map(model, tokens, new, answers.flip(0))
-    monkeypatch.setattr(analyze, "BATCH", 1)
-    assert analyze.patch_map(model, tokens, new, answers.flip(0)) == batched
+def test_many_queries_equal_one_at_a_time(real, monkeypatch):
+    model, tokens, asked = real[0], real[1][:12], real[2]
+    new, predicted = analyze.values_of(model, tokens.flip(0)), torch.from_numpy(asked.t[:12])
+    found, right = analyze.patch_map(model, tokens, new, predicted), analyze.predict(model, tokens)
+    each = [analyze.patch_map(model, tokens[i:i + 1], new[:, :, i:i + 1], predicted[i:i + 1])
+            for i in range(12)]
+    for name in ("redirected", "changed", "unchanged"):
+        assert np.allclose(found[name], np.mean([one[name] for one in each], 0))
+    monkeypatch.setattr(analyze, "BATCH", 5)
+    assert torch.equal(analyze.predict(model, tokens), right)
+    assert torch.allclose(analyze.values_of(model, tokens.flip(0)), new, atol=1e-5)
 
 
 def test_probe_is_ridge_regression(real):
-    """NumPy's least squares on the values, with the ridge as extra rows, says the same."""
-    model, world, asked = real
-    tokens, _ = to_tokens(asked, world, model.config.layout)
-    targets = np.eye(world.n_entities)[asked.b]
+    """NumPy's least squares on the values, with the ridge as extra rows, reads the same."""
+    model, tokens, asked = real
+    targets, values = np.eye(12)[asked.b], analyze.values_of(model, tokens).numpy()
     weights = analyze.fit(model, tokens, torch.tensor(targets).float())
-    values = analyze.values_of(model, tokens).numpy()
+    read = analyze.read(model, tokens, weights).numpy()                 # (n_loops, 2, T, N, K)
     for loop, part, position in ((0, 0, 0), (1, 1, 1), (2, 0, 2)):
         x = np.append(values[loop, part, :, position], np.ones((len(tokens), 1)), 1)
-        rows = np.append(x, np.eye(x.shape[1]), axis=0)
-        wanted = np.append(targets, np.zeros((x.shape[1], world.n_entities)), axis=0)
+        rows, wanted = np.append(x, np.eye(33), 0), np.append(targets, np.zeros((33, 12)), 0)
         expected = np.linalg.lstsq(rows, wanted, rcond=None)[0]
-        assert np.allclose(weights[loop, part, position], expected, atol=2e-3)
+        assert np.allclose(weights[loop, part, position].numpy(), expected, atol=2e-3)
+        assert np.allclose(read[loop, part, position], x @ expected, atol=2e-3)
+    assert analyze.means(torch.tensor([[True, False], [True, True]])) == [0.5, 1]
 
 
 def test_inside_and_outside_a_subspace_make_up_the_whole(real):
-    model, world, asked = real
-    tokens, _ = to_tokens(asked.take(slice(20)), world, model.config.layout)
+    model, tokens = real[0], real[1][:20]
     clean, donor = analyze.values_of(model, tokens), analyze.values_of(model, tokens.flip(0))
-    weights = torch.randn(*clean.shape[:2], clean.shape[3], clean.shape[4] + 1, 5,
-                          generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(3, 2, tokens.shape[1], 33, 5, generator=torch.Generator().manual_seed(0))
     basis = analyze.subspace(weights)
     assert torch.linalg.matrix_rank(basis[0, 0, 0]) == 4          # one of five tells nothing
     one, two = analyze.inside(clean, donor, basis), analyze.inside(donor, clean, basis)
     assert torch.allclose(one + two, clean + donor, atol=1e-4)
     assert torch.allclose(analyze.inside(one, donor, basis), one, atol=1e-4)
+    assert torch.allclose(analyze.noise(donor).norm(dim=-1), donor.norm(dim=-1))
 
 
 # ---------------------------------------------------------------- analyze: the command line
-def test_analyze_measures_every_run_below_a_folder(tmp_path, capsys):
-    for seed in (0, 1):
-        assert grok.main(["--preset", "smoke", "--steps", "30", "--seed", str(seed),
-                          "--out", str(tmp_path / f"a.b/seed{seed}")]) == 0
-    assert analyze.main([str(tmp_path)]) == 0
-    for seed in (0, 1):
-        folder = tmp_path / f"a.b/seed{seed}"
-        text = (folder / "paths.json").read_text(encoding="utf-8")
-        found = json.loads(text)["grokked"]["test_ood"]
-        assert "NaN" not in text and np.shape(found["probe"]) == (3, 2, 3)
-        for part in analyze.PARTS:
-            assert matplotlib.image.imread(folder / f"{part}.png").std() > 0.05
-    assert capsys.readouterr().out.count("bridge seen anywhere") == 4
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of two steps: "tuned" has no ID and OOD queries, "single" one; "bare" no weights."""
+    root = tmp_path_factory.mktemp("a.b")
+    options = {"usual": "", "tuned": f"--start {root}/usual --new-facts 12 --kept .5",
+               "single": "--n-entities 8 --n-relations 4 --out-degree 3 --ood-fraction .13 --phi 1"}
+    for name, more in options.items():
+        assert grok.main(["--preset", "smoke", "--steps", "2", "--eval-every", "2", "--out",
+                          str(root / name), *more.split()]) == 0
+    (root / "empty").mkdir()
+    (root / "bare").mkdir()
+    for file in ("config.json", "metrics.jsonl"):
+        (root / "bare" / file).write_bytes((root / "usual" / file).read_bytes())
+    return root
 
 
-@pytest.mark.parametrize("change, said", [
-    (["--n-entities", "8", "--n-relations", "4", "--out-degree", "3", "--ood-fraction", ".25",
-      "--phi", "1.9"], "too few"), (None, "holds no run")])
-def test_analyze_says_what_it_cannot_look_into(change, said, tmp_path, capsys):
-    if change:
-        grok.main(["--preset", "smoke", "--steps", "5", "--out", str(tmp_path), *change])
-    assert analyze.main([str(tmp_path)]) in (0, 2)
-    printed = capsys.readouterr()
-    assert said in printed.err or "OOD, grokked" in printed.out
-    assert not (tmp_path / "paths.json").exists() or "NaN" not in (
-        tmp_path / "paths.json").read_text(encoding="utf-8")
+def test_analyze_measures_and_draws_a_run(runs, capsys):
+    assert analyze.main([str(runs / "usual")]) == 0
+    text = (runs / "usual/paths.json").read_text(encoding="utf-8")
+    for path in json.loads(text)["grokked"].values():
+        assert set(path) == {"n", "lens", "probe", "translated", "patch", "pair"}
+        assert np.shape(path["probe"]) == np.shape(path["translated"]) == (3, 2, 3)
+    for part in analyze.PARTS:
+        assert matplotlib.image.imread(runs / f"usual/{part}.png").std() > 0.05
+    assert "NaN" not in text and capsys.readouterr().out.count("bridge seen anywhere") == 2
+
+
+def test_analyze_goes_through_every_run_below_the_folders(runs, monkeypatch):
+    seen = []
+    monkeypatch.setattr(analyze, "analyze_run", seen.append)
+    assert analyze.main([str(runs), str(runs / "tuned")]) == 0
+    assert [folder.name for folder in seen] == ["bare", "single", "tuned", "usual", "tuned"]
+
+
+@pytest.mark.parametrize("name, said", [
+    ("empty", "no run"), ("bare", "no weights"), ("tuned", "too few"), ("single", "too few")])
+def test_analyze_says_what_it_cannot_look_into(runs, name, said, capsys):
+    assert analyze.main([str(runs / name)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error and name in error
+    assert not (runs / name / "paths.json").exists()
 
 
 # ---------------------------------------------------------------- what is shipped

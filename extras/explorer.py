@@ -20,7 +20,7 @@ from data import BadInput
 from grok import WEIGHTS, load_run, read_run, say, to_tokens, write_file
 
 HERE = Path(__file__).resolve().parent
-DEFAULT = Path("runs/shipped/small/natural/seed0")
+DEFAULT = Path("runs/shipped/small/second_full/seed0")
 MOST_BYTES = 600_000
 MOST_QUERIES = 300  # of each kind
 TRIED = 2000        # queries of each kind, of which those answered rightly are taken

@@ -494,7 +494,7 @@ def page(root):
         "The stages (Finding 1)": (stages, choose(groups, "small/", "tiny/")),
         "The path of ID and OOD queries (Finding 1)": (likeness, looked),
         "Seen, present, used (Finding 2)": (paths, looked),
-        "Which circuit, regime or seed?": (classes, choose(groups, "small/")),
+        "Which circuit, regime or seed?": (classes, choose(groups, "small/", "classes/")),
         "Half supervision in four cells": (cells, {name: runs for name, runs in groups.items()
                                                    if all(run.cells for run in runs)}),
         "The dials": (dials, choose(groups, "dial/", "small/second_full")),

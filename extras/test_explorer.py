@@ -285,3 +285,9 @@ def test_a_run_without_weights_or_without_right_answers_is_refused(runs, tmp_pat
     (folder / "after.pt").unlink()
     assert "after.pt" in refusal([folder], tmp_path, capsys)
     assert "nowhere" in refusal([tmp_path / "nowhere"], tmp_path, capsys)
+
+
+# ---------------------------------------------------------------- what is shipped
+def test_the_shipped_page_is_the_one_that_the_command_writes():
+    shipped = (ROOT / "figures" / "explorer.html").read_bytes()
+    assert explorer.make_page(ROOT / explorer.DEFAULT) == shipped
