@@ -51,7 +51,7 @@ class Config:
     mlp_residual: bool = False  # add the MLP's input to its output
     n_blocks: int = 1          # blocks, used in turn; n_loops of them: an ordinary transformer
     slots: int = 0             # scratch positions after the sequence, learned vectors (paper: 16)
-    d_model: int = 64          # width D
+    d_model: int = 64          # width D; chosen, as logit_scale, for the causal layout: see small
     n_heads: int = 1           # attention heads
     n_loops: int = 4           # passes through a block
     logit_scale: float = 0.8   # logits = scale * sqrt(D) * cosine, not learned

@@ -2,8 +2,9 @@
 
     python -m extras.facts RUN...       facts.json beside the weights of each run
 
-A fact asked alone is (h, r, blank). Its answer's code at a site is the mean value there of all facts
-with that tail (`codes`), so adding code[t'] - code[t] asks the site for t' in place of t. Three maps:
+A fact asked alone is (h, r, blank). Its answer's code at a site is the mean value there of all
+facts with that tail (`codes`), so adding code[t'] - code[t] asks the site for t' in place of t.
+Three maps:
 
 alone    in the fact itself: does the answer become t'? There the fact has been looked up.
 hop1     in a composition, at the same site, with the bridge's code: does the bridge become b'?

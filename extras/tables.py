@@ -310,6 +310,30 @@ def measure_cells(root):
             write_file(folder / "cells.json", json.dumps(found, indent=1).encode())
 
 
+# ---------------------------------------------------------------- where facts are looked up
+def lookups(groups):
+    """The code of a fact asked alone, put into compositions: does it serve as hop 1, as hop 2?"""
+    yield ["run", "weights", "decides the fact itself", "at", "decides hop 1", "at",
+           "decides hop 2"]
+    for name, runs in groups.items():
+        measured = [read_json(run.folder / "facts.json") for run in runs]
+        for stage in WEIGHTS:
+            found = [maps[stage] for maps in measured if maps and stage in maps]
+            if found:
+                yield [name, stage, *strongest(found, "alone"), *strongest(found, "hop1"),
+                       strongest(found, "hop2")[0]]
+
+
+def strongest(found, kind):
+    """(share redirected at the best site, that site), over seeds."""
+    maps = [np.asarray(maps[kind]["redirected"]) for maps in found]
+    sites = []
+    for shares in maps:
+        loop, part, position = np.unravel_index(shares.argmax(), shares.shape)
+        sites.append(f"{analyze.PARTS[part]} ({loop + 1}, {places(99)[position]})")
+    return spread([shares.max() for shares in maps]), count(sites)
+
+
 # ---------------------------------------------------------------- dials, growth
 def dials(groups):
     """One setting moved at a time: what decides that a bridge is seen, used (Findings 1, 2, 3)."""
@@ -487,8 +511,8 @@ Chance is the same rate for another query's bridge. `python -m extras.run_all` t
 def page(root):
     """Lines of runs/shipped/README.md."""
     groups = read_groups(root)
-    looked = {name: runs for name, runs in groups.items()
-              if runs[0].paths and not name.startswith("dial/")}
+    looked = {name: runs for name, runs in choose(groups, "small/", "tiny/").items()
+              if all(run.paths for run in runs)}
     sections = {
         "Verdicts": (verdicts, groups),
         "The stages (Finding 1)": (stages, choose(groups, "small/", "tiny/")),
@@ -499,6 +523,7 @@ def page(root):
                                                    if all(run.cells for run in runs)}),
         "The dials": (dials, choose(groups, "dial/", "small/second_full")),
         "New facts (Finding 3)": (tuned, choose(groups, "tune/")),
+        "Where a fact is looked up (Finding 3)": (lookups, choose(groups, "small/")),
         "Is it worthwhile?": (worth, groups),
         "Larger worlds": (growth, choose(groups, "growth/", "tiny/natural"))}
     yield from INTRODUCTION.splitlines()

@@ -30,6 +30,20 @@ def test_the_verdicts_of_the_readme_are_those_of_the_shipped_files(groups):
         assert line in readme
 
 
+def test_what_the_readme_says_of_the_circuits_holds_in_every_regime(groups):
+    """Grokked: in seeds 0 and 1 the bridge is the first entity, in seed 2 not; used in all."""
+    for name, runs in tables.choose(groups, "small/").items():
+        for run in runs:
+            found = run.paths["grokked"]["test_id"]
+            first = run.about["model"]["seed"] in (0, 1)
+            assert (tables.entity_seen(found) >= 0.95) == first, (name, run.folder)
+            assert tables.map_at(found, "code").max() >= 0.9
+            assert tables.last(run, "test_ood", "best") < 0.55
+    before = [run.paths["before"]["test_id"] for name in ("both_full", "second_full")
+              for run in groups[f"small/{name}"] + groups[f"classes/{name}"] if run.paths]
+    assert all(tables.map_at(found, "code").max() >= 0.5 for found in before)
+
+
 def test_a_row_of_stages_worked_out_by_hand(groups):
     head, *rows = tables.stages({"tiny/natural": groups["tiny/natural"]})
     cell = dict(zip(head, rows[0]))
