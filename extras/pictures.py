@@ -200,15 +200,15 @@ def task(n_loops):
     arrow(left, (6.2, 4.38), (6.2, 5.05))
     box(left, 6.2, 5.45, "Bern")
     right.set_title("One swap: does the model use the bridge?", fontsize=10.5)
-    two_facts(right, ("Carl", "boss", "Dora", "city", "Oslo"),
-              ("donor's h", "donor's bridge", "its city"), BLUE + "66")
-    box(right, 2.8, 4.15, "", BLUE + "66", width=0.7, height=0.42)
-    arrow(right, (4.1, 6.62), (2.95, 4.42), bend=0.2, color=BLUE)
-    right.text(2.95, 5.7, "a value from Carl's\nquery is put in here", ha="right", va="center",
+    two_facts(right, ("Carl", "boss", "Dora", "team", "Reds"),
+              ("donor's h", "donor's bridge", "donor's answer"), BLUE + "66")
+    box(right, 4.5, 4.15, "", BLUE + "66", width=0.7, height=0.42)
+    arrow(right, (4.1, 6.62), (4.5, 4.42), bend=-0.1, color=BLUE)
+    right.text(3.9, 5.7, "a value from Carl's\nquery is put in here", ha="right", va="center",
                fontsize=8.5, color=BLUE)
     arrow(right, (6.2, 4.38), (6.2, 5.05))
     box(right, 6.2, 5.45, "Oslo", BLUE + "66")
-    right.text(7.15, 5.45, "not Bern:\nredirected", va="center", fontsize=8.5)
+    right.text(7.15, 5.45, "Dora's city:\nredirected", va="center", fontsize=8.5)
     return figure
 
 

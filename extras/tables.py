@@ -382,24 +382,25 @@ def verdicts(groups):
         "natural", "both_full", "second_full"))
     tune = "grok.py --preset tune --start RUN"
     yield ["Full supervision gets there sooner", "answer .9 at 37k steps, natural never",
-           f"{steps_to(both, 0.9)} steps, natural {steps_to(natural, 0.9)}", "holds",
+           f"{steps_to(both, 0.9)} steps; natural {steps_to(natural, 0.9)} by 7,000", "holds",
            "the circuits are alike", "--preset small --regime both_full"]
     yield ["Natural: training, then bridge, then answer",
            "106k, 311k steps; answer .68",
-           f"fit {steps_to(natural, 0.99, 'train_inferred')}; answer {end(natural, 'test_ood')}; "
-           f"bridge {end(natural, 'test_ood', 'any')}", "differs",
+           f"answer {end(natural, 'test_ood')}, bridge {end(natural, 'test_ood', 'any')}",
+           "differs",
            f"hidden from the lens; among the entities {inside_lens(natural)}",
            "--preset small --steps 7000"]
     yield ["Fake grokking: answers without the bridge", "answer .97, bridge .65",
            f"answer {end(second, 'test_ood')}, bridge {end(second, 'test_ood', 'any')} (chance "
-           f"{end(second, 'test_ood', 'any_chance')})", "holds", "as the lens sees it",
+           f"{np.mean([last(run, 'test_ood', 'any_chance') for run in second]):.2f})", "holds",
+           "as the lens sees it",
            "--preset small --regime second_full"]
     yield ["... so there is no circuit", "no intervention",
-           f"its code redirects {used(second, 'code')}, a donor {used(second, 'other_r2')}",
+           f"used: by code {used(second, 'code')}, by donor {used(second, 'other_r2')}",
            "differs", f"among the entities the lens sees {inside_lens(second)}", "analyze.py RUN"]
-    yield ["The answer comes before the bridge (both full)", "answer .92 where bridge is .003",
-           f"at the fit answer {at_fit(both)}, bridge {at_fit(both, 'any')} (chance "
-           f"{at_fit(both, 'any_chance')})", "holds", "the same reason", "--regime both_full"]
+    yield ["The answer comes before the bridge: both_full, at the fit", "answer .92, bridge .003",
+           f"answer {at_fit(both)}, bridge {at_fit(both, 'any')}", "holds", "the same reason",
+           "--regime both_full"]
     yield ["ID queries: the same path before and after", "argued",
            f"maps alike {path_like(natural, 'before ID', 'grokked ID')}, ID and OOD "
            f"{path_like(natural, 'grokked ID', 'grokked OOD')}", "holds",
@@ -462,7 +463,7 @@ def path_like(runs, one, two):
 
 
 def new_facts(runs):
-    return ", ".join(end(runs, split) for split in ("new_old", "old_new", "new_new"))
+    return f"new + old {end(runs, 'new_old')}, old + new {end(runs, 'old_new')}"
 
 
 def markdown(row):

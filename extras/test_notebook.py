@@ -50,7 +50,7 @@ WRONG = {  # exercise: answers that must not pass
     6: ["site = (2, 1)", "site = (5, 2)", "site = [0, 0]", "site = (4, 0)"],
     7: ["def other_head(clean, pool, rng):                      # the answer may be the same\n"
         "    c, d = analyze.pairs(clean, pool)\n"
-        "    allowed = (c.r1 == d.r1) & (c.r2 == d.r2) & (c.h != d.h)\n"
+        "    allowed = (c.r1 == d.r1) & (c.r2 == d.r2) & (c.b != d.b)\n"
         "    clean, donor = analyze.pick_donors(clean, pool, allowed, rng)\n"
         "    return clean, donor, donor.t",
         "def other_head(clean, pool, rng):                      # one pair alone\n"
