@@ -97,13 +97,12 @@ def stages(groups):
     for name, runs in groups.items():
         fitted = steps_to(runs, 0.99, "train_inferred")
         answer = " / ".join(steps_to(runs, level) for level in LEVELS)
-        bridge = " / ".join(spread([first_step(run.history, level, "test_ood", "best")
-                                    for run in runs], 0) for level in LEVELS)
+        bridge = " / ".join(steps_to(runs, level, lens="best") for level in LEVELS)
         if last(runs[0], "test_ood", "best") is None:  # older runs: not measured
             bridge = ""
-        shares = [spread([last(run, split) for run in runs]) for split in (
+        shares = [end(runs, split) for split in (
             "ood_atomic", "test_id", "test_id_ood", "test_ood_id", "test_ood")]
-        seen, chance, anywhere = (spread([last(run, "test_ood", lens) for run in runs])
+        seen, chance, anywhere = (end(runs, "test_ood", lens)
                                   for lens in ("any", "any_chance", "answer_any"))
         steps = runs[0].history[-1]["step"]
         yield [name, len(runs), steps, fitted, bridge, answer, *shares, anywhere,
@@ -118,8 +117,7 @@ def tuned(groups):
         for part in (0.3, 1):
             step = round(part * runs[0].history[-1]["step"])
             then = [until(run, step) for run in runs]
-            yield [name, len(runs), step, *(spread([last(run, split) for run in then])
-                                            for split in TUNED)]
+            yield [name, len(runs), step, *(end(then, split) for split in TUNED)]
 
 
 # ---------------------------------------------------------------- tables of what is inside
@@ -343,8 +341,7 @@ def dials(groups):
     for name, runs in groups.items():
         found = [run.paths["grokked"]["test_ood"] for run in runs if run.paths]
         steps = [spread([first_step(run.history, 0.99, "train_inferred") for run in runs], 0)]
-        steps.append(" / ".join(spread([first_step(run.history, level, "test_ood")
-                                        for run in runs], 0) for level in (0.5, 0.95)))
+        steps.append(" / ".join(steps_to(runs, level) for level in (0.5, 0.95)))
         same = [alike(*pair) for run in runs if run.paths
                 for pair in within([swaps_of(run)], "before ID", "grokked ID")]
         yield [name, len(runs), *steps, spread([last(run, "test_ood") for run in runs]),
@@ -364,7 +361,7 @@ def growth(groups):
         yield [name, about["world"]["n_entities"], about["model"]["d_model"], len(runs),
                spread([end["step"] for end in ends], 0),
                spread([1000 * end["seconds"] / end["step"] for end in ends], 0),
-               *(spread([first_step(run.history, level, split) for run in runs], 0)
+               *(steps_to(runs, level, split)
                  for level, split in ((0.99, "train_inferred"), (0.5, "test_ood"),
                                       (0.95, "test_ood"))),
                spread([end["accuracy"]["test_ood"] for end in ends])]
@@ -378,9 +375,8 @@ def entities(item):
 def verdicts(groups):
     """A row a claim of the paper: its value, ours (means of seeds), verdict, why, the command."""
     yield ["claim", "paper, one run", "here", "verdict", "why", "command"]
-    natural, both, second = (groups[f"small/{name}"] for name in (
-        "natural", "both_full", "second_full"))
-    tune = "grok.py --preset tune --start RUN"
+    natural, second = groups["small/natural"], groups["small/second_full"]
+    both = groups["small/both_full"]
     yield ["Full supervision gets there sooner", "answer .9 at 37k steps, natural never",
            f"{steps_to(both, 0.9)} steps; natural {steps_to(natural, 0.9)} by 7,000", "holds",
            "the circuits are alike", "--preset small --regime both_full"]
@@ -405,6 +401,12 @@ def verdicts(groups):
            f"maps alike {path_like(natural, 'before ID', 'grokked ID')}, ID and OOD "
            f"{path_like(natural, 'grokked ID', 'grokked OOD')}", "holds",
            "shuffled sites: see the table; OOD queries join the path", "extras.tables"]
+    yield from more_verdicts(groups)
+
+
+def more_verdicts(groups):
+    """The rows on half supervision, new facts and the ordinary transformer."""
+    tune = "grok.py --preset tune --start RUN"
     yield ["Half supervision is no substitute", "answer .48",
            f"answer {end(groups['small/both_half'], 'test_ood')}", "differs",
            "half helps half: see the four cells", "--regime both_half"]
@@ -433,8 +435,8 @@ def end(runs, split, lens=None):
     return spread([last(run, split, lens) for run in runs])
 
 
-def steps_to(runs, level, split="test_ood"):
-    return spread([first_step(run.history, level, split) for run in runs], 0)
+def steps_to(runs, level, split="test_ood", lens=None):
+    return spread([first_step(run.history, level, split, lens) for run in runs], 0)
 
 
 def at_fit(runs, lens=None):
