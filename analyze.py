@@ -203,7 +203,7 @@ def corrupt(model, world, clean, rng):
 
 # ---------------------------------------------------------------- inference paths of a run
 def inference_path(model, world, splits, n=500, most=2000):
-    """{split: {"n", "lens", "probe", "translated", "patch", "pair"}} of ID and OOD queries.
+    """{split: {"n", "lens", "probe", "translated", "patch"}} of ID and OOD queries.
 
     Up to n random ones for lens and probe, which is fitted on up to `most` ID queries that nothing
     else uses; up to n answered rightly for patching, with donors from up to `most` of the split.
@@ -227,8 +227,7 @@ def inference_path(model, world, splits, n=500, most=2000):
             "n": len(b), "lens": lens(model, tokens, b, answers, E),
             "probe": means(read(model, tokens, probe).argmax(-1) == b),
             "translated": means(model.unembed(read(model, tokens, to_token)).argmax(-1) == b),
-            "patch": patches(model, world, right[split], right[other], subspace(probe), code, n),
-            "pair": pair_of_states(model, world, right[split], n)}
+            "patch": patches(model, world, right[split], right[other], subspace(probe), code, n)}
     return paths
 
 
@@ -262,38 +261,6 @@ def patches(model, world, pool, other, basis, code, n):
     for kind, new in parts.items():
         maps[kind] = patch_map(model, tokens, new, torch.from_numpy(predicted))
     return maps
-
-
-def pair_of_states(model, world, pool, n):
-    """Do the states at h and r1 hold the bridge together, or the question that leads to it?
-
-    {"n", "n_two", "one", "bridge", "question"}: shares, one a loop after which both are swapped.
-    "one": both are a donor A's, and A's bridge decides the answer. The others: h's is A's, r1's
-    that of a B with A's bridge; this bridge, or the fact (h of A, r1 of B) decides the answer.
-    """
-    rng = np.random.default_rng(0)
-    clean, a, bridge = other_r2(world, pool.take(slice(n)), pool, rng)
-    one = pair_swap(model, world, clean, a, a) == bridge                # (n_loops, N)
-    c, d = pairs(a, pool)
-    both = tail(world, c.h, d.r1)                                       # what A and B ask together
-    allowed = (c.b == d.b) & (c.h != d.h) & (c.r1 != d.r1) & (both >= 0) & (both != c.b)
-    two, bridge = clean.take(allowed.any(1)), bridge[allowed.any(1)]
-    a, b = pick_donors(a, pool, allowed, rng)
-    got = pair_swap(model, world, two, a, b)                            # (n_loops, N_two)
-    asked = tail(world, tail(world, a.h, b.r1), two.r2)
-    apart = (asked >= 0) & (asked != bridge) & (asked != two.t)
-    return {"n": len(clean.h), "n_two": int(apart.sum()), "one": means(one),
-            "bridge": means((got == bridge)[:, apart]), "question": means((got == asked)[:, apart])}
-
-
-def pair_swap(model, world, clean, at_h, at_r1):
-    """Answers (n_loops, N) with h's state from at_h, r1's from at_r1, after each loop in turn."""
-    tokens, answers = to_tokens(clean, world, model.config.layout)[0], []
-    _, first, second = prepared(model, world, at_h, at_r1)
-    for loop in range(len(first)):
-        new = {(loop, 1, 0): first[loop, 1, :, 0], (loop, 1, 1): second[loop, 1, :, 1]}
-        answers.append(patch(model, tokens, new).argmax(-1).numpy())
-    return np.array(answers)
 
 
 # ---------------------------------------------------------------- what the maps say

@@ -11,7 +11,6 @@ A fact is known by its number, its row in `World.facts`; a composition by those 
 import inspect
 import json
 import re
-import sys
 from collections import namedtuple
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -221,25 +220,21 @@ def read_facts(path, config):
         text = Path(path).read_text(encoding="utf-8-sig")  # without the mark some editors put first
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}")
-    found, others, entities, relations, facts = {}, [], {}, {}, []
+    tails, others, entities, relations, facts = {}, [], {}, {}, []
     for number, line in enumerate(text.rstrip().split("\n"), 1):
         names = [name.strip() for name in line.split("\t")]
         if len(names) != 3 or not all(names):
             raise BadInput(f"{path}, line {number}: needs head, relation and tail, tab-separated")
-        if number == 1 and names[2].lower() in ("tail", "object", "t", "target"):
-            raise BadInput(f"{path}, line 1: is a header; remove it")
         h, r, t = names
-        if found.setdefault((h, r), (t, number))[0] != t:
+        if tails.setdefault((h, r), t) != t:
             others.append(f"line {number}: another tail of ({h}, {r})")
     if others and not config.first_tail:
         raise BadInput(f"{path}, {others[0]}, one of {len(others)}; --first-tail true leaves them "
                        "out")
-    if others:
-        print(f"{path}: {len(others)} lines with another tail are left out", file=sys.stderr)
-    heads = {h for h, _ in found}
-    for (h, r), (t, number) in found.items():
+    heads = {h for h, _ in tails}
+    for (h, r), t in tails.items():
         if t not in heads:
-            raise BadInput(f"{path}, line {number}: {t} is never a head, no path goes on from it")
+            raise BadInput(f"{path}: {t} is never a head, no path goes on from it")
         facts.append((entities.setdefault(h, len(entities)),     # numbered as they come
                       relations.setdefault(r, len(relations)),
                       entities.setdefault(t, len(entities))))

@@ -20,9 +20,8 @@ import math
 import os
 import sys
 import time
-import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +31,6 @@ import torch.nn.functional as F
 
 from data import (add_facts, BadInput, check_settings, describe_fields, LIMITS, make_splits,
                   make_world, read_data, read_facts, REGIMES, TRAINED, WorldConfig)
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 @dataclass(frozen=True)
@@ -324,6 +318,7 @@ def loss_of(model, tokens, answers):
 
 class Trainer:
     """All that changes in a run: weights, their average, optimiser, draws, what was measured."""
+    PARTS = "model", "average", "optimizer"
 
     def __init__(self, config, world, splits, device):
         self.config, self.step, self.history = config, 0, []
@@ -337,9 +332,6 @@ class Trainer:
         self.tokens, self.answers, self.n_facts = rows
         self.exams = make_exams(splits, world, config.layout, device)
         self.losses = torch.zeros(config.eval_every, device=device)
-        data = torch.cat([self.tokens, self.answers[:, None]], 1).cpu().numpy().tobytes()
-        settings = repr(replace(config, steps=1)).encode()  # more steps alone may go on
-        self.made_of = hashlib.sha256(settings + data).hexdigest()
         self.began = time.perf_counter()
 
     def train_step(self):
@@ -379,18 +371,14 @@ class Trainer:
 
     def state_dict(self):
         """What last.pt holds."""
-        return {"made_of": self.made_of, "step": self.step, "history": self.history,
-                "model": self.model.state_dict(), "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "draws": self.generator.get_state()}
+        return {"step": self.step, "history": self.history, "draws": self.generator.get_state(),
+                **{name: getattr(self, name).state_dict() for name in self.PARTS}}
 
     def load_state_dict(self, saved):
         """Go on from what last.pt holds."""
-        for name in ("model", "average", "optimizer"):
+        for name in self.PARTS:
             getattr(self, name).load_state_dict(saved[name])
-        if len(saved["draws"]) == len(self.generator.get_state()):
-            self.generator.set_state(saved["draws"])
-        else:  # begun on another kind of device
-            self.generator.manual_seed(self.config.seed + saved["step"])
+        self.generator.set_state(saved["draws"])
         self.step, self.history = saved["step"], saved["history"]
         self.began = time.perf_counter() - self.history[-1]["seconds"]
 
@@ -416,17 +404,14 @@ WEIGHTS = {"before": "before.pt", "grokked": "after.pt"}
 
 
 def write_file(path, content):
-    """Write bytes: killed at any moment, the path holds all of the new or all of the old."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write bytes: killed at any moment, the path holds all of the new or all of the old; so it
+    does with two processes in one run folder, for each writes a file of its own first."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(content)
         os.replace(temporary, path)
-    except OSError as error:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise BadInput(f"{path}: cannot be written ({error.strerror})")
 
 
 def write_checkpoint(path, content):
@@ -436,65 +421,49 @@ def write_checkpoint(path, content):
 
 
 def save_weights(trainer, path):
-    """Write the averaged weights, in half precision if that leaves every accuracy as measured."""
-    exact, rounded = trainer.average.state_dict(), copy.deepcopy(trainer.average)
-    half = {name: weight.half() for name, weight in exact.items()}
-    rounded.load_state_dict(half)
-    same = evaluate(rounded, trainer.exams)["accuracy"] == trainer.history[-1]["accuracy"]
-    write_checkpoint(path, {"step": trainer.step, "weights": half if same else exact})
+    write_checkpoint(path, {"step": trainer.step, "weights": trainer.average.state_dict()})
+
+
+@contextmanager
+def reading(path):
+    """Says in one line what file is damaged: reading one raises a dozen kinds of error."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise BadInput(f"{path}: is damaged, or another kind of file ({error})")
 
 
 def read_checkpoint(path, names):
-    """A .pt file with these entries. It runs no code, and finds a flipped bit."""
-    content = path.read_bytes()
-    try:
-        whole = zipfile.ZipFile(io.BytesIO(content)).testzip() is None  # torch.load does not look
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # both raise many kinds for a damaged file
-        raise BadInput(f"{path}: is damaged ({type(error).__name__})")
-    if not whole or not isinstance(saved, dict) or not saved.keys() >= set(names):
-        raise BadInput(f"{path}: is damaged, or another kind of file")
-    return saved
+    """A .pt file with these entries; reading it runs no code."""
+    with reading(path):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: saved[name] for name in names}
 
 
 def load_weights(model, path):
-    """Put the weights of before.pt or after.pt into the model."""
+    """Put the weights of before.pt or after.pt, which may be in half precision, into the model."""
     weights = read_checkpoint(path, ("step", "weights"))["weights"]
-    found = weights.items() if isinstance(weights, dict) else ()
-    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-    if {name: getattr(weight, "shape", None) for name, weight in found} != shapes:
-        raise BadInput(f"{path}: holds no weights of this model")
-    model.load_state_dict({name: weight.float() for name, weight in found})
-
-
-def read_json(path, names):
-    """The JSON objects, with these entries, of a file: one a line (.jsonl), or one (.json)."""
-    text = path.read_bytes()
-    try:
-        parts = text.splitlines() if path.suffix == ".jsonl" else [text]
-        values = [json.loads(part) for part in parts]
-    except (ValueError, RecursionError):
-        values = []
-    if not values or not all(isinstance(v, dict) and v.keys() >= set(names) for v in values):
-        raise BadInput(f"{path}: is damaged, or another kind of file")
-    return values
+    with reading(path):
+        model.load_state_dict(weights)
 
 
 def read_config(folder):
     """config.json of a run folder, as `describe` made it."""
     path = Path(folder, "config.json")
-    about = read_json(path, ("preset", "regime", "world", "model"))[0]
-    for part, cls in (("world", WorldConfig), ("model", Config)):
-        if not isinstance(about[part], dict) or set(about[part]) != set(names_of(cls)):
-            raise BadInput(f"{path}: {part} lacks or does not know a setting")
-        check(cls(**about[part]))
-    return about
+    with reading(path):
+        about = json.loads(path.read_bytes())
+        for part, cls in (("world", WorldConfig), ("model", Config)):
+            about[part] = asdict(check(cls(**about[part])))
+        return about
 
 
 def read_run(folder):
     """(config.json, see `describe`; metrics.jsonl as a list, see `measure`) of a run folder."""
-    names = "step", "loss", "seconds", "accuracy", "lens"
-    return read_config(folder), read_json(Path(folder, "metrics.jsonl"), names)
+    about, path = read_config(folder), Path(folder, "metrics.jsonl")
+    with reading(path):
+        return about, [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def load_run(folder, weights="grokked"):
@@ -509,39 +478,20 @@ def load_run(folder, weights="grokked"):
 def build_data(about, folder="."):
     """(world, splits) of a run: made from its settings, or read from the file that it names, which
     is looked for from the run's folder; then with new facts, if there are any to add."""
-    config, source = WorldConfig(**about["world"]), about.get("source")
-    path = Path(folder, source["path"]) if source else None
-    if source and digest(path) != source["sha256"]:
+    config, file = WorldConfig(**about["world"]), about.get("data")
+    path = Path(folder, file["path"]) if file else None
+    if file and digest(path) != file["sha256"]:
         raise BadInput(f"{path}: has changed since the run began")
-    if source and source["kind"] == "data":
+    if file and path.suffix == ".npz":
         world, splits, _ = read_data(path)
     else:
-        world = read_facts(path, config) if source else make_world(config)
+        world = read_facts(path, config) if file else make_world(config)
         splits = make_splits(world, config, about["regime"])
     return add_facts(world, splits, config) if config.new_facts else (world, splits)
 
 
 def digest(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-@contextmanager
-def owned(folder):
-    """One process at a time in a run folder; the second is told which one holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "owner.tmp", "a+", encoding="utf-8") as file:
-        try:
-            if fcntl is not None:  # Windows has no such lock
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise BadInput(f"{folder}: process {file.read().strip()} trains here")
-        file.truncate(0)
-        print(os.getpid(), file=file, flush=True)
-        try:
-            yield
-        finally:
-            (folder / "owner.tmp").unlink(missing_ok=True)
 
 
 def is_done(folder, about):
@@ -556,7 +506,7 @@ def is_done(folder, about):
             raise BadInput(f"{name} = {new[name]}: {folder} holds a run with {name} = {old[name]}; "
                            "choose another --out")
     steps, last, end = about["model"]["steps"], folder / "last.pt", folder / "after.pt"
-    ended = read_checkpoint(end, ("step", "weights"))["step"] if end.exists() else 0
+    ended = read_checkpoint(end, ("step",))["step"] if end.exists() else 0
     if steps < found["model"]["steps"] or 0 < ended < steps and not last.exists():
         raise BadInput(f"steps = {steps}: {folder} holds a run of {found['model']['steps']}, which "
                        "can only go on, and only from its last.pt; choose another --out")
@@ -565,8 +515,9 @@ def is_done(folder, about):
 
 def identity(about):
     """What makes a run the run it is: not how long it trains, nor where its files lie."""
-    files = {name: about.get(name, {}).get("sha256") for name in ("source", "start")}
-    return {**about["world"], **about["model"], "regime": about["regime"], **files, "steps": None}
+    files = {name: about.get(name, {}).get("sha256") for name in ("data", "start")}
+    whole = {name: about[name] for name in ("regime", "device")}
+    return {**about["world"], **about["model"], **whole, **files, "steps": None}
 
 
 def begin(about, world, splits):
@@ -582,13 +533,11 @@ def begin(about, world, splits):
 def resume(trainer, about, folder):
     """Go on where last.pt, if there is one, left the run; write config.json, in which paths are
     seen from the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     if (folder / "last.pt").exists():
-        saved = read_checkpoint(folder / "last.pt", trainer.state_dict())
-        if saved["made_of"] != trainer.made_of:
-            raise BadInput(f"{folder}/last.pt: is of another run")
-        trainer.load_state_dict(saved)
+        trainer.load_state_dict(read_checkpoint(folder / "last.pt", trainer.state_dict()))
     written = copy.deepcopy(about)
-    for entry in (written[name] for name in ("source", "start") if name in written):
+    for entry in (written[name] for name in ("data", "start") if name in written):
         entry["path"] = os.path.relpath(os.path.realpath(entry["path"]), os.path.realpath(folder))
     write_file(folder / "config.json", (json.dumps(written, indent=1) + "\n").encode())
 
@@ -619,6 +568,7 @@ MODEL_LIMITS = {
     "weight_decay": (0, 1000), "batch_size": (1, 2**20), "steps": (1, 10**9),
     "warmup": (0, 10**9), "ema": (0, 1), "atomic_share": (0, 1), "eval_every": (1, 10**9),
     "seed": (0, 2**63 - 1)}
+GRAPH = "n_entities", "n_relations", "out_degree"
 FREE = ("new_facts", "kept", "new_k1", "new_k2", "whole_rows", "lr", "weight_decay", "batch_size",
         "steps", "warmup", "ema", "atomic_share", "bf16", "eval_every", "seed", "min_loops", "copy")
 
@@ -648,9 +598,9 @@ def describe(given):
     """(about, world, splits) of the run that the command line's {option: value or None} asks for.
 
     about, which config.json holds: {"preset", "regime", "world": WorldConfig, "model": Config,
-     "device", "versions"; of a run on a file "source": {"kind": "facts" or "data", "path",
-     "sha256"}; of one that starts from another run "start": {"path", "weights": "before",
-     "grokked" or "none", "sha256"}}. Paths: from here; in config.json, from the run's folder.
+     "device", "versions"; of a run on a file "data": {"path", "sha256"}; of one that starts from
+     another run "start": {"path", "weights": "before", "grokked" or "none", "sha256"}}.
+    Paths: from here; in config.json, from the run's folder.
     """
     if given["preset"] not in PRESETS:
         raise BadInput(f"preset = {given['preset']}: must be one of {', '.join(PRESETS)}")
@@ -658,13 +608,13 @@ def describe(given):
     chosen = {**PRESETS[given["preset"]][1], **PRESETS[given["preset"]][2]}
     if given["start"]:
         start = read_start(given)
-        about.update((name, start[name]) for name in ("regime", "source", "start") if name in start)
+        about.update((name, start[name]) for name in ("regime", "data", "start") if name in start)
         free = {name: value for name, value in chosen.items() if name in FREE}
         chosen = {**start["world"], **start["model"], **free}
     elif given["weights"] or given["new_facts"] or "new_facts" in chosen:
         raise BadInput("start = None: weights and new_facts need a run that is there, --start RUN")
-    elif given["facts"] or given["data"]:
-        about.update(describe_source(given))
+    elif given["data"]:
+        about.update(describe_data(given))
     chosen.update((name, value) for name, value in given.items() if value is not None)
     for part, cls in (("world", WorldConfig), ("model", Config)):
         values = {name: chosen[name] for name in names_of(cls) if name in chosen}
@@ -673,10 +623,19 @@ def describe(given):
     about["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__,
                          "numpy": np.__version__}
     world, splits = build_data(about)
-    if "source" in about and not given["start"]:
-        about["world"].update(world_of(about["source"]["kind"], world, splits))
-        check(WorldConfig(**about["world"]))
+    if "data" in about and not given["start"]:
+        degree = int(np.bincount(world.facts[:, 0]).max())
+        about["world"].update(zip(GRAPH, (world.n_entities, world.n_relations, degree)))
     return about, world, splits
+
+
+def describe_data(given):
+    """Entry "data" of a run on own facts; and "regime", if the file brings that, and the splits."""
+    whole = Path(given["data"]).suffix == ".npz"
+    brought = [*names_of(WorldConfig), "regime"] if whole else GRAPH
+    refuse(given, brought, "comes with --data")
+    about = {"data": {"path": given["data"], "sha256": digest(given["data"])}}
+    return {**about, "regime": read_data(given["data"])[2]} if whole else about
 
 
 def refuse(given, names, why):
@@ -692,32 +651,12 @@ def read_start(given):
     if weights not in (*WEIGHTS, "none"):
         raise BadInput(f"weights = {weights}: must be one of {', '.join(WEIGHTS)}, none")
     brought = [name for name in names_of(WorldConfig) + names_of(Config) if name not in FREE]
-    refuse(given, [*brought, "regime", "facts", "data"], f"comes from {path}")
+    refuse(given, [*brought, "regime", "data"], f"comes from {path}")
     start = read_config(path)
-    if "source" in start:
-        start["source"]["path"] = str(path / start["source"]["path"])
+    if "data" in start:
+        start["data"]["path"] = str(path / start["data"]["path"])
     sha256 = digest(path / WEIGHTS.get(weights, "config.json"))
     return {**start, "start": {"path": str(path), "weights": weights, "sha256": sha256}}
-
-
-def describe_source(given):
-    """Entry "source" of a run on own facts; "source" and "regime" of one on a data file."""
-    kind = "data" if given["data"] else "facts"
-    brought = {"data": [*names_of(WorldConfig), "regime", "facts"],
-               "facts": ["n_entities", "n_relations", "out_degree"]}
-    refuse(given, brought[kind], f"comes with --{kind}")
-    about = {"source": {"kind": kind, "path": given[kind], "sha256": digest(given[kind])}}
-    return {**about, "regime": read_data(given["data"])[2]} if kind == "data" else about
-
-
-def world_of(kind, world, splits):
-    """The world settings that a file of facts or data decides."""
-    found = {"n_entities": world.n_entities, "n_relations": world.n_relations,
-             "out_degree": int(np.bincount(world.facts[:, 0]).max())}
-    if kind == "data":
-        found["ood_fraction"] = float(world.is_ood.mean())
-        found["phi"] = len(splits["train_inferred"].h) / int((~world.is_ood).sum())
-    return found
 
 
 # ---------------------------------------------------------------- the command line
@@ -732,27 +671,17 @@ def main(argv=None):
             say("already done")
         else:
             trainer = begin(about, world, splits)
-            with owned(folder):
-                resume(trainer, about, folder)
-                train(trainer, folder)
+            resume(trainer, about, folder)
+            train(trainer, folder)
         print_result(folder)
         return 0
     except KeyboardInterrupt:
         print("grok.py: stopped; the same command goes on from the last evaluation",
               file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who read the output has left; Python's own last flush needs a file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (BadInput, OSError) as error:
-        said = error
-    except (RuntimeError, MemoryError) as error:
-        words = "out of memory", "allocate", "alloc_failed", "memoryerror"
-        if not any(word in repr(error).lower() for word in words):
-            raise
-        said = "out of memory: lower batch_size or d_model"
-    print(f"grok.py: {said}", file=sys.stderr)
-    return 2
+        print(f"grok.py: {error}", file=sys.stderr)
+        return 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -772,8 +701,8 @@ def parse(argv=None):
     parser.add_argument("--out", help="the run's folder (runs/PRESET/REGIME/seedK)")
     parser.add_argument("--start", help="the run to fine-tune: brings its world and model")
     parser.add_argument("--weights", help="of the start: before, grokked, none (grokked)")
-    parser.add_argument("--facts", help="your own: lines of head, relation, tail, tab-separated")
-    parser.add_argument("--data", help="a file that extras.exchange made of a data set")
+    parser.add_argument("--data", "--facts", help="your own facts, lines of head, relation, tail, "
+                        "tab-separated; or the .npz that extras.exchange makes of a data set")
     about = {**describe_fields(Config), **describe_fields(WorldConfig)}
     for field in (*fields(Config), *fields(WorldConfig)):
         names = sorted({"--" + field.name.replace("_", "-"), "--" + field.name})
@@ -822,23 +751,17 @@ def first_step(history, level, split, lens=None):
 
 
 def print_result(folder):
-    """Six lines: accuracy at the end, first steps of the stages, time and folder."""
+    """Accuracy at the end, first steps of the stages, time."""
     about, history = read_run(folder)
-    accuracy, lens = history[-1]["accuracy"], history[-1]["lens"]
-    asked, what = ("test_ood", "OOD") if "test_ood" in accuracy else ("new_new", "new-new")
-
-    def steps(split, *levels, lens=None):
-        found = [first_step(history, level, split, lens) for level in levels]
-        return ", ".join("never" if step is None else str(step) for step in found)
-
-    shares = [f"{name} {share:.3f}" for name, share in accuracy.items()]
-    chance = lens[asked]["any_chance"]
-    say("accuracy  " + "  ".join(shares[:4]))
-    say("          " + "  ".join(shares[4:]))
-    say(f"training >= .99 at step {steps('train_inferred', 0.99)}")
-    say(f"{what} answer >= .5, .9, .95 at step {steps(asked, 0.5, 0.9, 0.95)}")
-    say(f"{what} bridge seen >= .5, .9, .95 at step {steps(asked, 0.5, 0.9, 0.95, lens='any')} "
-        f"(at any site; by chance {'unknown' if chance is None else f'{chance:.2f}'})")
+    accuracy = history[-1]["accuracy"]
+    asked = "test_ood" if "test_ood" in accuracy else "new_new"
+    stages = {"training": ("train_inferred", None), f"{asked} answer": (asked, None),
+              f"{asked} bridge seen (any site)": (asked, "any")}
+    say("  ".join(f"{name} {share:.3f}" for name, share in accuracy.items()))
+    for what, (split, lens) in stages.items():
+        steps = (first_step(history, level, split, lens) for level in (0.5, 0.9, 0.95, 0.99))
+        say(f"{what} >= .5, .9, .95, .99 at step "
+            + ", ".join("never" if step is None else str(step) for step in steps))
     say(f"{history[-1]['seconds']:.0f} seconds on {about['device']}; python analyze.py {folder} "
         "looks inside")
 

@@ -11,7 +11,13 @@ hop1     in a composition, at the same site, with the bridge's code: does the br
 hop2     in a composition, with the answer's code: does the answer become t'?
 
 Where alone and hop1 are both high, a fact that is only ever asked alone can serve as hop 1; where
-alone and hop2 are, as hop 2.
+alone and hop2 are, as hop 2. And when is hop 1 looked up? "pair" swaps the states at h and r1:
+
+question the two are of different donors with one bridge: decides the fact that they ask together?
+bridge   or decides the bridge that both came with?
+
+After fine-tuning on new facts, "mended" denoises: into wrong answers the value of an old
+composition with the right bridge is put. If that mends them, hop 1 had failed.
 """
 import argparse
 import json
@@ -21,11 +27,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from analyze import codes, other_r2, patch_map, right_only, values_of
+from analyze import (codes, means, other_r2, pairs, patch, patch_map, pick_donors, prepared,
+                     predict, right_only, tail, values_of)
 from data import BadInput
 from grok import load_run, say, to_tokens, WEIGHTS, write_file
-
-KNOWN = ("id_atomic", "ood_atomic", "kept_atomic", "new_atomic")
 
 
 def shared_places(model, world, facts, asked, n=300):
@@ -53,6 +58,64 @@ def moved(model, tokens, values, code, old, new, predicted):
     return patch_map(model, tokens, values + code[:, :, new] - code[:, :, old], predicted)
 
 
+def pair_of_states(model, world, pool, n):
+    """Do the states at h and r1 hold the bridge together, or the question that leads to it?
+
+    {"n", "n_two", "one", "bridge", "question"}: shares, one a loop after which both are swapped.
+    "one": both are a donor A's, and A's bridge decides the answer. The others: h's is A's, r1's
+    that of a B with A's bridge; this bridge, or the fact (h of A, r1 of B) decides the answer.
+    """
+    rng = np.random.default_rng(0)
+    clean, a, bridge = other_r2(world, pool.take(slice(n)), pool, rng)
+    one = pair_swap(model, world, clean, a, a) == bridge                # (n_loops, N)
+    c, d = pairs(a, pool)
+    both = tail(world, c.h, d.r1)                                       # what A and B ask together
+    allowed = (c.b == d.b) & (c.h != d.h) & (c.r1 != d.r1) & (both >= 0) & (both != c.b)
+    two, bridge = clean.take(allowed.any(1)), bridge[allowed.any(1)]
+    a, b = pick_donors(a, pool, allowed, rng)
+    got = pair_swap(model, world, two, a, b)                            # (n_loops, N_two)
+    asked = tail(world, tail(world, a.h, b.r1), two.r2)
+    apart = (asked >= 0) & (asked != bridge) & (asked != two.t)
+    return {"n": len(clean.h), "n_two": int(apart.sum()), "one": means(one),
+            "bridge": means((got == bridge)[:, apart]), "question": means((got == asked)[:, apart])}
+
+
+def pair_swap(model, world, clean, at_h, at_r1):
+    """Answers (n_loops, N) with h's state from at_h, r1's from at_r1, after each loop in turn."""
+    tokens, answers = to_tokens(clean, world, model.config.layout)[0], []
+    _, first, second = prepared(model, world, at_h, at_r1)
+    for loop in range(len(first)):
+        new = {(loop, 1, 0): first[loop, 1, :, 0], (loop, 1, 1): second[loop, 1, :, 1]}
+        answers.append(patch(model, tokens, new).argmax(-1).numpy())
+    return np.array(answers)
+
+
+def mended(model, world, asked, old, n=500):
+    """{"n", "share"}: how many answers of `asked` are wrong, and what share of these the best site
+    mends, when it gets an old composition's value with the same bridge and another r2."""
+    rng, tokens = np.random.default_rng(0), to_tokens(asked, world, model.config.layout)[0]
+    wrong = asked.take((predict(model, tokens).numpy() != asked.t)).take(slice(n))
+    c, d = pairs(wrong, old)
+    clean, donor = pick_donors(wrong, old, (c.b == d.b) & (c.r2 != d.r2), rng)
+    tokens, _, theirs = prepared(model, world, clean, donor)
+    found = patch_map(model, tokens, theirs, torch.from_numpy(clean.t))
+    return {"n": found["n"], "share": float(np.max(found["redirected"])) if found["n"] else None}
+
+
+def measure(model, world, splits):
+    """Everything that facts.json holds of one stage of a run."""
+    some = {name: asked.take(np.random.default_rng(0).permutation(len(asked.h))[:2000])
+            for name, asked in splits.items()}
+    if "new_old" in splits:
+        return {"mended": {kind: mended(model, world, some[kind], some["train_inferred"])
+                           for kind in ("new_old", "old_new")}}
+    parts = [splits[name] for name in ("id_atomic", "ood_atomic")]
+    facts = type(parts[0])(*map(np.concatenate, zip(*parts)))
+    asked = right_only(model, world, splits["test_id"])
+    return {**shared_places(model, world, facts, asked),
+            "pair": pair_of_states(model, world, asked, n=500)}
+
+
 def main(argv=None):
     """Measure where facts are looked up; exit status 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="extras.facts", description=main.__doc__)
@@ -62,11 +125,7 @@ def main(argv=None):
             found = {}
             for stage, file in WEIGHTS.items():
                 if (folder / file).exists():
-                    model, world, splits = load_run(folder, stage)
-                    parts = [splits[name] for name in KNOWN if name in splits]
-                    facts = type(parts[0])(*map(np.concatenate, zip(*parts)))
-                    asked = right_only(model, world, splits["test_id"])
-                    found[stage] = shared_places(model, world, facts, asked)
+                    found[stage] = measure(*load_run(folder, stage))
             write_file(folder / "facts.json", json.dumps(found).encode())
             say(f"{folder}: " + ", ".join(found))
     except (BadInput, OSError) as error:

@@ -49,7 +49,7 @@ def identity(about):
     """What two runs of one group have in common, as text: all but the seed, and how long."""
     model = {name: value for name, value in about["model"].items() if name not in ("seed", "steps")}
     start = {name: value for name, value in about.get("start", {}).items() if name == "weights"}
-    return json.dumps([about["regime"], about["world"], model, start, about.get("source")])
+    return json.dumps([about["regime"], about["world"], model, start, about.get("data")])
 
 
 def read_json(path):
@@ -91,22 +91,26 @@ def last(run, split, lens=None):
 # ---------------------------------------------------------------- tables of training
 def stages(groups):
     """When the training is fitted, the bridge seen and the OOD answer given (Finding 1)."""
-    yield ["run", "seeds", "steps", "training >= .99", "bridge seen, best site >= .5 / .9 / .95",
+    yield ["run", "seeds", "steps", "training >= .5 / .9 / .95", "training >= .99",
+           "bridge seen, best site >= .5 / .9 / .95", "bridge seen anywhere >= .5 / .9 / .95",
            "OOD answer >= .5 / .9 / .95", "OOD facts", "ID", "ID + OOD", "OOD + ID", "OOD answer",
            "answer seen anywhere", "bridge seen anywhere (chance)"]
     for name, runs in groups.items():
-        fitted = steps_to(runs, 0.99, "train_inferred")
-        answer = " / ".join(steps_to(runs, level) for level in LEVELS)
-        bridge = " / ".join(steps_to(runs, level, lens="best") for level in LEVELS)
+        stages = [milestones(runs, "train_inferred"), steps_to(runs, 0.99, "train_inferred"),
+                  milestones(runs, "test_ood", "best"), milestones(runs, "test_ood", "any"),
+                  milestones(runs, "test_ood")]
         if last(runs[0], "test_ood", "best") is None:  # older runs: not measured
-            bridge = ""
+            stages[2] = ""
         shares = [end(runs, split) for split in (
             "ood_atomic", "test_id", "test_id_ood", "test_ood_id", "test_ood")]
         seen, chance, anywhere = (end(runs, "test_ood", lens)
                                   for lens in ("any", "any_chance", "answer_any"))
         steps = runs[0].history[-1]["step"]
-        yield [name, len(runs), steps, fitted, bridge, answer, *shares, anywhere,
-               f"{seen} ({chance})"]
+        yield [name, len(runs), steps, *stages, *shares, anywhere, f"{seen} ({chance})"]
+
+
+def milestones(runs, split, lens=None):
+    return " / ".join(steps_to(runs, level, split, lens) for level in LEVELS)
 
 
 def tuned(groups):
@@ -171,17 +175,23 @@ def count(words):
 
 def classes(groups):
     """Which circuit each seed has when the training is just fitted (ID queries): regime or seed?"""
-    yield ["regime", "seeds", "seen at one site >= .5", "first entity at one site >= .5",
-           "its code redirects >= .5", "circuit of ID queries", "circuit of OOD queries"]
-    for name, runs in groups.items():
-        found = [run.paths["before"] for run in runs if run.paths and "before" in run.paths]
-        if found:
-            ids = [f["test_id"] for f in found]
-            yield [name, len(found),
-                   of_seeds([f["lens"]["state"]["bridge"]["best"] >= 0.5 for f in ids]),
-                   of_seeds([entity_seen(f) >= 0.5 for f in ids]),
-                   of_seeds([map_at(f, "code").max() >= 0.5 for f in ids]),
-                   *(count(circuit_name(f[split]) for f in found) for split in EXAMINED)]
+    yield ["runs", *(f"seed {seed}" for seed in range(8)), "first entity"]
+    for regime in ("both_full", "both_half", "first_full", "second_full", "natural", "other_world"):
+        runs = groups.get(f"small/{regime}", []) + groups[f"classes/{regime}"]
+        kinds = {run.about["model"]["seed"]: class_of(run) for run in runs}
+        fitted = [kind == "entity" for kind in kinds.values() if kind != "not fitted"]
+        yield [regime, *(kinds.get(seed, "") for seed in range(8)), of_seeds(fitted)]
+
+
+def class_of(run):
+    """"entity": the bridge is the lens's first entity at one site; "code": it is not, but its code
+    redirects; "neither"; or "not fitted"."""
+    if "before" not in (run.paths or {}):
+        return "not fitted"
+    found = run.paths["before"]["test_id"]
+    if entity_seen(found) >= 0.5:
+        return "entity"
+    return "code" if map_at(found, "code").max() >= 0.4 else "neither"
 
 
 def of_seeds(holds):
@@ -310,16 +320,52 @@ def measure_cells(root):
 
 # ---------------------------------------------------------------- where facts are looked up
 def lookups(groups):
-    """The code of a fact asked alone, put into compositions: does it serve as hop 1, as hop 2?"""
+    """The code of a fact asked alone, put into compositions; what the states at h and r1 hold."""
     yield ["run", "weights", "decides the fact itself", "at", "decides hop 1", "at",
-           "decides hop 2"]
+           "decides hop 2", "at h and r1: question", "bridge", "new + old", "old + new"]
+    for name, runs in groups.items():
+        measured = [(run, read_json(run.folder / "facts.json")) for run in runs]
+        for stage in WEIGHTS:
+            found = [maps[stage] for _, maps in measured if maps and stage in maps]
+            after = groups_after(groups, name, stage)
+            if found and not name.startswith("tune/"):
+                yield [name, stage, *strongest(found, "alone"), *strongest(found, "hop1"),
+                       strongest(found, "hop2")[0], *pair_cells(found), *after]
+
+
+def groups_after(groups, name, weights):
+    """[new + old, old + new] after fine-tuning from these weights of a group, "" if not run."""
+    kind, regime = name.split("/")
+    tuned = f"tune/{kind}_{regime}_{weights}" if kind == "small" else f"tune/{kind}_{regime}"
+    if tuned not in groups or kind == "dial" and weights == "before":
+        return ["", ""]
+    return [end(groups[tuned], split) for split in ("new_old", "old_new")]
+
+
+def pair_cells(found):
+    """[question, bridge]: what both states decide together, at the loop that decides most."""
+    shares = []
+    for maps in found:
+        pair = maps.get("pair", {})
+        if pair.get("n_two"):
+            loop = int(np.argmax(np.add(pair["question"], pair["bridge"])))
+            shares.append((pair["question"][loop], pair["bridge"][loop]))
+    return [spread([pair[i] for pair in shares]) for i in (0, 1)]
+
+
+def failing(groups):
+    """Which hop fails? Wrong answers that an old value with the right bridge mends (Finding 3)."""
+    yield ["run", "seeds", "new + old", "wrong ones", "of these mended", "old + new", "wrong ones",
+           "of these mended"]
     for name, runs in groups.items():
         measured = [read_json(run.folder / "facts.json") for run in runs]
-        for stage in WEIGHTS:
-            found = [maps[stage] for maps in measured if maps and stage in maps]
-            if found:
-                yield [name, stage, *strongest(found, "alone"), *strongest(found, "hop1"),
-                       strongest(found, "hop2")[0]]
+        cells = []
+        for kind in ("new_old", "old_new"):
+            found = [maps["grokked"]["mended"][kind] for maps in measured if maps]
+            cells += [end(runs, kind), sum(part["n"] for part in found),
+                      spread([part["share"] for part in found if part["n"]])]
+        if any(measured):
+            yield [name, len(runs), *cells]
 
 
 def strongest(found, kind):
@@ -335,21 +381,41 @@ def strongest(found, kind):
 # ---------------------------------------------------------------- dials, growth
 def dials(groups):
     """One setting moved at a time: what decides that a bridge is seen, used (Findings 1, 2, 3)."""
-    yield ["run", "seeds", "training >= .99", "OOD answer >= .5 / .95", "OOD answer",
+    yield ["run", "seeds", "training >= .99", "OOD answer >= .5 / .95", "OOD facts", "OOD answer",
            "seen, best site", "seen among entities", "present", "used: a donor", "used: its code",
-           "circuit of OOD queries", "ID before and grokked alike"]
+           "used: its token's direction", "circuit of OOD queries", "ID before and grokked alike",
+           "new + old", "old + new", "new + new"]
     for name, runs in groups.items():
-        found = [run.paths["grokked"]["test_ood"] for run in runs if run.paths]
-        steps = [spread([first_step(run.history, 0.99, "train_inferred") for run in runs], 0)]
-        steps.append(" / ".join(steps_to(runs, level) for level in (0.5, 0.95)))
-        same = [alike(*pair) for run in runs if run.paths
-                for pair in within([swaps_of(run)], "before ID", "grokked ID")]
-        yield [name, len(runs), *steps, spread([last(run, "test_ood") for run in runs]),
-               spread([f["lens"]["state"]["bridge"]["best"] for f in found]),
-               spread([entity_seen(f) for f in found]),
-               spread([np.max(f["probe"]) for f in found]),
-               *(spread([map_at(f, kind).max() for f in found]) for kind in ("other_r2", "code")),
-               count(circuit_name(f) for f in found), spread(same)]
+        if not name.startswith("tune/"):
+            tuned = groups.get("tune/" + name.replace("/", "_"))
+            yield [name, len(runs), *dial_row(runs), *(
+                end(tuned or groups["tune/small_second_full_grokked"], split)
+                for split in ("new_old", "old_new", "new_new"))]
+
+
+def dial_row(runs):
+    """The cells of one row of `dials` that come from the runs themselves."""
+    found = [run.paths["grokked"]["test_ood"] for run in runs if run.paths]
+    same = []
+    for run in runs:
+        pairs = within([swaps_of(run)], "before ID", "grokked ID") if run.paths else []
+        same.extend(alike(*pair) for pair in pairs)
+    used = [spread([map_at(f, kind).max() for f in found])
+            for kind in ("other_r2", "code", "visible")]
+    return [steps_to(runs, 0.99, "train_inferred"),
+            " / ".join(steps_to(runs, level) for level in (0.5, 0.95)),
+            end(runs, "ood_atomic"), end(runs, "test_ood"),
+            spread([f["lens"]["state"]["bridge"]["best"] for f in found]),
+            spread([entity_seen(f) for f in found]), spread([np.max(f["probe"]) for f in found]),
+            *used, count(circuit_name(f) for f in found), spread(same)]
+
+
+def per_fact(groups):
+    """How many compositions a new fact needs as each hop: k trained for each, at both hops."""
+    yield ["k", "new + old", "old + new", "new + new"]
+    for k in (0, 1, 2, 4, 8):
+        runs = groups["tune/small_natural_grokked" + (f"_k{k}" if k else "")]
+        yield [k, *(end(runs, split) for split in ("new_old", "old_new", "new_new"))]
 
 
 def growth(groups):
@@ -378,14 +444,16 @@ def verdicts(groups):
     natural, second = groups["small/natural"], groups["small/second_full"]
     both = groups["small/both_full"]
     yield ["Full supervision gets there sooner", "answer .9 at 37k steps, natural never",
-           f"{steps_to(both, 0.9)} steps; natural {steps_to(natural, 0.9)} by 7,000", "holds",
+           f"{steps_to(both, 0.9)} steps; natural {steps_to(groups['long/natural'], 0.9)} by "
+           "15,000", "holds",
            "the circuits are alike", "--preset small --regime both_full"]
     yield ["Natural: training, then bridge, then answer",
            "106k, 311k steps; answer .68",
-           f"answer {end(natural, 'test_ood')}, bridge {end(natural, 'test_ood', 'any')}",
+           f"answer {end(groups['long/natural'], 'test_ood')} after 15,000 steps, bridge "
+           f"{end(groups['long/natural'], 'test_ood', 'any')}",
            "differs",
            f"hidden from the lens; among the entities {inside_lens(natural)}",
-           "--preset small --steps 7000"]
+           "--preset small --steps 15000"]
     yield ["Fake grokking: answers without the bridge", "answer .97, bridge .65",
            f"answer {end(second, 'test_ood')}, bridge {end(second, 'test_ood', 'any')} (chance "
            f"{np.mean([last(run, 'test_ood', 'any_chance') for run in second]):.2f})", "holds",
@@ -419,6 +487,9 @@ def more_verdicts(groups):
     yield ["... and from the weights before grokking", "not asked",
            new_facts(groups["tune/small_natural_before"]), "holds",
            "the paper's direction, before grokking", f"{tune} --weights before"]
+    yield ["... from grokked, two blocks in turn (paper's model)", "new + old 1.0, old + new 0",
+           new_facts(groups["tune/dial_two_blocks"]), "holds", "as far as hop 1 takes them",
+           f"{tune}, of --n-blocks 2"]
     yield ["An ordinary transformer fails", "near chance",
            f"answer {end(groups['tiny/own_blocks_last_loop'], 'test_ood')}, shared "
            f"{end(groups['tiny/last_loop'], 'test_ood')}", "holds",
@@ -432,7 +503,9 @@ def short_verdicts(groups):
 
 
 def end(runs, split, lens=None):
-    return spread([last(run, split, lens) for run in runs])
+    """What `last` finds, over seeds; "" if there is none of it."""
+    shares = [last(run, split, lens) for run in runs]
+    return spread(shares) if any(share is not None for share in shares) else ""
 
 
 def steps_to(runs, level, split="test_ood", lens=None):
@@ -477,12 +550,14 @@ def worth(groups):
     """What the wait costs and buys: starts of `small`, 500 steps on new facts, .21 of old ones."""
     yield ["start", "steps", "extra compositions", "OOD answer", "new + old", "old + new",
            "new + new"]
-    for regime, weights in (("natural", "before"), ("natural", "grokked"), ("both_full", "before"),
-                            ("both_full", "grokked"), ("both_half", "grokked")):
-        runs = groups[f"small/{regime}"]
-        tuned = groups[f"tune/small_{regime}_{weights}"]
+    for regime, weights, long in (("natural", "before", ""), ("natural", "grokked", ""),
+                                  ("natural", "grokked", "long"), ("both_full", "before", ""),
+                                  ("both_full", "grokked", ""), ("both_full", "grokked", "long"),
+                                  ("both_half", "grokked", "")):
+        runs = groups[f"{long or 'small'}/{regime}"]
+        tuned = groups[f"tune/{long or 'small'}_{regime}_{weights}"]
         steps = steps_to(runs, 0.99, "train_inferred") if weights == "before" else spread(
-            [run.history[-1]["step"] for run in runs], 0)
+            [run.history[-1]["step"] for run in runs[:1]], 0)
         answer = at_fit(runs) if weights == "before" else end(runs, "test_ood")
         yield [f"{regime}, {weights}", steps, extra_compositions(runs[0]), answer,
                *(end(tuned, split) for split in ("new_old", "old_new", "new_new"))]
@@ -518,15 +593,19 @@ def page(root):
               if all(run.paths for run in runs)}
     sections = {
         "Verdicts": (verdicts, groups),
-        "The stages (Finding 1)": (stages, choose(groups, "small/", "tiny/")),
+        "The stages (Finding 1)": (stages, choose(groups, "small/", "long/", "tiny/")),
         "The path of ID and OOD queries (Finding 1)": (likeness, looked),
         "Seen, present, used (Finding 2)": (paths, looked),
         "Which circuit, regime or seed?": (classes, choose(groups, "small/", "classes/")),
         "Half supervision in four cells": (cells, {name: runs for name, runs in groups.items()
                                                    if all(run.cells for run in runs)}),
-        "The dials": (dials, choose(groups, "dial/", "small/second_full")),
+        "The dials": (dials, choose(groups, "dial/", "tune/dial_", "small/second_full",
+                                    "tune/small_second_full_grokked")),
         "New facts (Finding 3)": (tuned, choose(groups, "tune/")),
-        "Where a fact is looked up (Finding 3)": (lookups, choose(groups, "small/")),
+        "Where a fact is looked up (Finding 3)": (lookups, choose(groups, "small/", "dial/",
+                                                                  "tune/")),
+        "Which hop fails? (Finding 3)": (failing, choose(groups, "tune/")),
+        "How many compositions a new fact needs (Finding 3)": (per_fact, groups),
         "Is it worthwhile?": (worth, groups),
         "Larger worlds": (growth, choose(groups, "growth/", "tiny/natural"))}
     yield from INTRODUCTION.splitlines()
