@@ -224,6 +224,7 @@ def main(argv=None):
     parser = grok.Parser(prog="python -m extras.bench", allow_abbrev=False, description=__doc__,
                          formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--preset", default="tiny", help="of grok.py; tiny, small (tiny)")
+    parser.add_argument("--regime", help="of grok.py (natural)")
     parser.add_argument("--device", help="cuda, mps or cpu (the first there is)")
     parser.add_argument("--seed", default="0", help="of rows, initialisation and batches (0)")
     parser.add_argument("--seconds", type=float, help="of training for each, more than 0 (until "
@@ -238,7 +239,7 @@ def main(argv=None):
         if not 0 <= given.weight_decay <= 1000:
             raise BadInput(f"weight_decay = {given.weight_decay}: must lie in [0, 1000]")
         asked = grok.parse(["--preset", given.preset, "--seed", given.seed])
-        described = grok.describe({**asked, "device": given.device})
+        described = grok.describe({**asked, "regime": given.regime, "device": given.device})
     except BadInput as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -246,7 +247,7 @@ def main(argv=None):
         racer.step()  # so that the first of the race does not pay for what all need
     racers, trainer = make_racers(described, given.weight_decay)
     grok.say(f"{hardware(trainer.tokens.device)}, torch {torch.__version__}, preset "
-             f"{given.preset}, seed {given.seed}")
+             f"{given.preset}, {described[0]['regime']}, seed {given.seed}")
     seconds = (given.seconds or 20) / len(racers) if given.time_only else given.seconds
     race(racers, trainer, seconds, graded=not given.time_only)
     ours, *others = racers

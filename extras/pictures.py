@@ -370,24 +370,21 @@ def draw_cell(axes, row, found):
 
 # ---------------------------------------------------------------- fine-tuning (Finding 3)
 KINDS = {"new_old": "new + old", "old_new": "old + new", "new_new": "new + new"}
-STARTS = {  # (regime, weights started from): color, dashes, name
-    ("natural", "none"): (GREY, ":", "from scratch"),
-    ("natural", "before"): (ORANGE, "--", "natural, before"),
-    ("natural", "grokked"): (BLUE, "-", "natural, grokked"),
-    ("both_full", "grokked"): ("#CC79A7", "-.", "both hops supervised, grokked")}
+STARTS = {  # started from: color, dashes, name
+    "scratch": (GREY, ":", "from scratch"),
+    "natural_before": (ORANGE, "--", "natural, before"),
+    "natural_grokked": (BLUE, "-", "natural, grokked"),
+    "both_full_grokked": ("#CC79A7", "-.", "both hops supervised, grokked")}
 
 
 def tuned_of(groups):
-    """{"some" or "all" old facts kept: {key of STARTS: runs}} of those groups tune/small_*."""
+    """{"some" or "all" old facts kept: {key of STARTS: runs}}, the longer runs where there are."""
     found = {}
-    for name, runs in groups.items():
-        about = runs[0].about
-        old_alone = not about["world"]["new_k1"] and not about["world"]["new_k2"]
-        if name.startswith("tune/small_") and "start" in about and old_alone:
-            kept = "all" if about["world"]["kept"] == 1 else "some"
-            key = about["regime"], about["start"]["weights"]
-            if key in STARTS:
-                found.setdefault(kept, {})[key] = runs
+    for kept, end in (("some", ""), ("all", "_all")):
+        for start in STARTS:
+            short, long = (groups.get(f"tune/{kind}_{start}{end}") for kind in ("small", "flat"))
+            if long or short:
+                found.setdefault(kept, {})[start] = long or short
     return found
 
 

@@ -141,16 +141,22 @@ def paths(groups):
 
 def path_row(stage, split, found):
     """The cells of one row of `paths`: means over seeds."""
-    lens = [f["lens"]["state"] for _, f in found]
     answered = spread([answered_at(run, stage, split) for run, _ in found])
-    among = [entity_seen(f) for _, f in found]
-    used = [spread([map_at(f, kind).max() for _, f in found]) for kind in (
+    found = [maps for _, maps in found]
+    lens = [maps["lens"]["state"] for maps in found]
+    among = [entity_seen(maps) for maps in found]
+    used = [most(found, kind) for kind in (
         "other_r2", "code", "visible", "inside", "outside", "across")]
     return [answered, f"{spread([x['bridge']['any'] for x in lens])} "
             f"({np.mean([x['bridge_chance']['any'] for x in lens]):.2f})",
             spread([x["bridge"]["best"] for x in lens]), spread(among),
-            spread([np.max(f["probe"]) for _, f in found]), *used,
-            count(circuit_name(f) for _, f in found)]
+            spread([np.max(maps["probe"]) for maps in found]), *used,
+            count(map(circuit_name, found))]
+
+
+def most(found, kind):
+    """The share that a kind of patch redirects at its best site, over seeds."""
+    return spread([map_at(maps, kind).max() for maps in found])
 
 
 def answered_at(run, stage, split):
@@ -231,7 +237,7 @@ def likeness(groups):
     """How alike swap maps (same r2) are: one model's, two seeds', two regimes' (Finding 1)."""
     yield ["run", "ID: before, grokked", "grokked: ID, OOD", "two seeds, before",
            "two seeds, grokked", "natural's, grokked", "reachable sites shuffled"]
-    swaps = {name: [swaps_of(run) for run in runs] for name, runs in groups.items()}
+    swaps = {name: list(map(swaps_of, runs)) for name, runs in groups.items()}
     for name, own in swaps.items():
         natural = swaps.get(str(Path(name).parent / "natural"), [])
         pairs = [within(own, "before ID", "grokked ID"), within(own, "grokked ID", "grokked OOD"),
@@ -241,7 +247,11 @@ def likeness(groups):
                               reachable(run.paths["before"]["test_id"]))
                 for run in groups[name] if "before" in run.paths and "grokked" in run.paths]
         null = [alike_shuffled(*pair, mask) for pair, mask in zip(pairs[0], free)]
-        yield [name, *(spread([alike(*pair) for pair in p]) for p in pairs), spread(null)]
+        yield [name, *map(alike_all, pairs), spread(null)]
+
+
+def alike_all(pairs):
+    return spread([alike(*pair) for pair in pairs])
 
 
 def swaps_of(run):
@@ -350,7 +360,7 @@ def pair_cells(found):
         if pair.get("n_two"):
             loop = int(np.argmax(np.add(pair["question"], pair["bridge"])))
             shares.append((pair["question"][loop], pair["bridge"][loop]))
-    return [spread([pair[i] for pair in shares]) for i in (0, 1)]
+    return [spread(column) for column in zip(*shares)] or ["", ""]
 
 
 def failing(groups):
@@ -396,18 +406,14 @@ def dials(groups):
 def dial_row(runs):
     """The cells of one row of `dials` that come from the runs themselves."""
     found = [run.paths["grokked"]["test_ood"] for run in runs if run.paths]
-    same = []
-    for run in runs:
-        pairs = within([swaps_of(run)], "before ID", "grokked ID") if run.paths else []
-        same.extend(alike(*pair) for pair in pairs)
-    used = [spread([map_at(f, kind).max() for f in found])
-            for kind in ("other_r2", "code", "visible")]
+    same = path_like([run for run in runs if run.paths], "before ID", "grokked ID")
+    used = [most(found, kind) for kind in ("other_r2", "code", "visible")]
     return [steps_to(runs, 0.99, "train_inferred"),
             " / ".join(steps_to(runs, level) for level in (0.5, 0.95)),
             end(runs, "ood_atomic"), end(runs, "test_ood"),
             spread([f["lens"]["state"]["bridge"]["best"] for f in found]),
             spread([entity_seen(f) for f in found]), spread([np.max(f["probe"]) for f in found]),
-            *used, count(circuit_name(f) for f in found), spread(same)]
+            *used, count(map(circuit_name, found)), same]
 
 
 def per_fact(groups):
@@ -497,9 +503,9 @@ def more_verdicts(groups):
 
 
 def short_verdicts(groups):
-    """The four rows that the README begins with, as lines of Markdown."""
+    """The rows that the README begins with, as lines of Markdown."""
     rows = [*verdicts(groups)]
-    return [markdown(row[:4]) for row in (rows[1], rows[3], rows[4], rows[9])]
+    return [markdown(rows[i][:4]) for i in (1, 3, 4, 9, 11)]
 
 
 def end(runs, split, lens=None):
@@ -525,7 +531,7 @@ def at_fit(runs, lens=None):
 
 
 def used(runs, kind):
-    return spread([map_at(run.paths["grokked"]["test_ood"], kind).max() for run in runs])
+    return most([run.paths["grokked"]["test_ood"] for run in runs], kind)
 
 
 def inside_lens(runs):
@@ -534,7 +540,7 @@ def inside_lens(runs):
 
 
 def path_like(runs, one, two):
-    return spread([alike(*pair) for pair in within([swaps_of(run) for run in runs], one, two)])
+    return alike_all(within([swaps_of(run) for run in runs], one, two))
 
 
 def new_facts(runs):
@@ -571,9 +577,10 @@ def extra_compositions(run):
 
 
 def worth_lines(groups):
-    """The README's table, as lines of Markdown."""
+    """The README's table, as lines of Markdown: each start after the longest wait of its kind."""
     head, *rows = worth(groups)
-    return [markdown(row) for row in (head, ["---"] * len(head), *rows)]
+    chosen = [rows[i] for i in (0, 1, 3, 5, 6)]
+    return [markdown(row) for row in (head, ["---"] * len(head), *chosen)]
 
 
 # ---------------------------------------------------------------- the page
@@ -607,7 +614,7 @@ def page(root):
         "Which hop fails? (Finding 3)": (failing, choose(groups, "tune/")),
         "How many compositions a new fact needs (Finding 3)": (per_fact, groups),
         "Is it worthwhile?": (worth, groups),
-        "Larger worlds": (growth, choose(groups, "growth/", "tiny/natural"))}
+        "Larger worlds": (growth, choose(groups, "growth/", "tiny/natural", "small/both_full"))}
     yield from INTRODUCTION.splitlines()
     for title, (table, chosen) in sections.items():
         head, *rows = table(chosen)
