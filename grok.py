@@ -429,7 +429,7 @@ def reading(path):
     """Says in one line what file is damaged: reading one raises a dozen kinds of error."""
     try:
         yield
-    except OSError:
+    except FileNotFoundError:
         raise
     except Exception as error:
         raise BadInput(f"{path}: is damaged, or another kind of file ({error})")
@@ -463,7 +463,9 @@ def read_run(folder):
     """(config.json, see `describe`; metrics.jsonl as a list, see `measure`) of a run folder."""
     about, path = read_config(folder), Path(folder, "metrics.jsonl")
     with reading(path):
-        return about, [json.loads(line) for line in path.read_bytes().splitlines()]
+        history = [json.loads(line) for line in path.read_bytes().splitlines()]
+        history[-1]["accuracy"], history[-1]["lens"]  # there is a line, and it is one of ours
+        return about, history
 
 
 def load_run(folder, weights="grokked"):

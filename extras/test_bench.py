@@ -154,7 +154,8 @@ def test_a_race_gives_all_the_same_time(monkeypatch, goal_at, seconds, expected)
 def test_the_bench_says_hardware_and_then_one_line_a_fact(capsys):
     assert bench.main(["--preset", "smoke", "--device", "cpu", "--seconds", "0.5"]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
-    assert f"torch {torch.__version__}, preset smoke, seed 0" in first and "threads" in first
+    assert f"torch {torch.__version__}, preset smoke, natural, seed 0" in first
+    assert "threads" in first
     for name in ("ours", "looped", "layers"):
         mine = [line for line in lines if line.startswith(name + ": ")]
         assert re.fullmatch(rf"{name}: \d+ parameters, [\d.]+ steps/s, \d+% of the time in its "

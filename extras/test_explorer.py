@@ -56,7 +56,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     write_facts(root / "facts.tsv")
     for name, options in RUNS.items():
-        own = f" --phi 2 --facts {root / 'facts.tsv'}" if name == "causal" else ""
+        own = f" --phi 2 --data {root / 'facts.tsv'}" if name == "causal" else ""
         train(root / name, options + own)
         write_before(root / name)
     return {name: root / name for name in RUNS}

@@ -220,16 +220,6 @@ def test_small_and_says_nothing_of_a_machine():
     assert "TODO" not in text and not re.search(r"it/s|\d%\|", plain)  # no progress bar
 
 
-def test_short():
-    words = re.sub(r"```.*?```|<[^>]+>|https?://\S+", " ", "\n".join(PROSE), flags=re.DOTALL)
-    assert len(re.findall(r"[A-Za-z0-9][\w'’-]*", words)) < 3000
-    begin = [cell.source.startswith("## 12. Exercises") for cell in NOTEBOOK.cells].index(True)
-    assert begin < 110
-    for cell in CODE:
-        lines = cell.source.splitlines()
-        assert len(lines) <= 12 and max(map(len, lines)) <= 100, cell.source
-
-
 def test_live_cells_are_there_and_only_they_vary():
     varies = [cell.source for cell in CODE if tagged(cell, "varies")]
     assert len(varies) == 2 and all("train_step" in source for source in varies)

@@ -44,6 +44,28 @@ def test_what_the_readme_says_of_the_circuits_holds_in_every_regime(groups):
     assert all(tables.map_at(found, "code").max() >= 0.5 for found in before)
 
 
+def test_the_seed_decides_the_circuit_in_every_regime_and_world(groups):
+    head, *rows = tables.classes(groups)
+    assert [row[0] for row in rows] == ["both_full", "both_half", "first_full", "second_full",
+                                        "natural", "other_world"]
+    kinds = []
+    for seed in range(8):
+        column = {row[1 + seed] for row in rows} - {"not fitted"}
+        assert len(column) == 1, seed
+        kinds.extend(column)
+    assert kinds.count("entity") == 5 and kinds.count("code") == 3
+
+
+def test_the_papers_direction_comes_out_where_the_readme_says(groups):
+    """In every seed: before grokking, and with three dials; wrong old + new stays wrong even with
+    the right bridge put in."""
+    for name in ("small_natural_before", "dial_two_blocks", "dial_six_loops", "dial_rows_alike"):
+        for run in groups[f"tune/{name}"]:
+            assert tables.last(run, "new_old") > tables.last(run, "old_new") + 0.1, run.folder
+            found = tables.read_json(run.folder / "facts.json")["grokked"]["mended"]["old_new"]
+            assert found["n"] > 300 and found["share"] <= 0.1
+
+
 def test_a_row_of_stages_worked_out_by_hand(groups):
     head, *rows = tables.stages({"tiny/natural": groups["tiny/natural"]})
     cell = dict(zip(head, rows[0]))
