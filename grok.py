@@ -746,7 +746,7 @@ def first_step(history, level, split, lens=None):
     """The first step at which the accuracy of a split, or its lens rate of that name, is at least
     `level`; None if never."""
     for line in history:
-        share = line["lens"][split][lens] if lens else line["accuracy"].get(split)
+        share = (line["lens"].get(split, {}) if lens else line["accuracy"]).get(lens or split)
         if share is not None and share >= level:
             return line["step"]
     return None

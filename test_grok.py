@@ -563,8 +563,9 @@ def test_the_milestones_of_a_run_are_the_first_steps(whole, capsys):
     for split, lens in (("train_inferred", None), ("test_ood", None), ("test_ood", "any")):
         steps = [first_step(history, level, split, lens) for level in levels]
         assert " at step " + ", ".join(str(step or "never") for step in steps) in said
-    shares = [{"step": i, "accuracy": {"a": i / 10}} for i in range(11)]
+    shares = [{"step": i, "accuracy": {"a": i / 10}, "lens": {}} for i in range(11)]
     assert [first_step(shares, level, "a") for level in (0.5, 1.1)] == [5, None]
+    assert first_step(shares, 0, "b") is first_step(shares, 0, "a", "any") is None
 
 
 def test_the_same_seed_gives_the_same_metrics_and_a_seed_is_not_a_data_seed(tmp_path, monkeypatch):

@@ -468,8 +468,9 @@ def verdicts(groups):
     yield ["... so there is no circuit", "no intervention",
            f"used: by code {used(second, 'code')}, by donor {used(second, 'other_r2')}",
            "differs", f"among the entities the lens sees {inside_lens(second)}", "analyze.py RUN"]
-    yield ["The answer comes before the bridge: both_full, at the fit", "answer .92, bridge .003",
-           f"answer {at_fit(both)}, bridge {at_fit(both, 'any')}", "holds", "the same reason",
+    yield ["The answer comes before the bridge: both_full", "37k steps, answer .92, bridge .003",
+           f"at the fit: answer {at_fit(both)}, bridge {at_fit(both, 'any')}", "holds",
+           "but here the bridge does not follow by 7,000",
            "--regime both_full"]
     yield ["ID queries: the same path before and after", "argued",
            f"maps alike {path_like(natural, 'before ID', 'grokked ID')}, ID and OOD "
@@ -488,18 +489,19 @@ def more_verdicts(groups):
            f"answer {end(groups['small/first_full'], 'test_ood')}", "open",
            "a run 50 times as long would decide", "--regime first_full"]
     yield ["New facts serve hop 1 only, from grokked", "new + old 1.0, old + new 0",
-           new_facts(groups["tune/small_natural_grokked"]), "differs", "hop 2 takes more of them",
+           new_facts(groups["tune/small_natural_grokked"]), "differs",
+           "at 500 steps; by 2,000 no clear order, see flat",
            tune]
     yield ["... and from the weights before grokking", "not asked",
            new_facts(groups["tune/small_natural_before"]), "holds",
            "the paper's direction, before grokking", f"{tune} --weights before"]
-    yield ["... from grokked, two blocks in turn (paper's model)", "new + old 1.0, old + new 0",
-           new_facts(groups["tune/dial_two_blocks"]), "holds", "as far as hop 1 takes them",
+    yield ["... from second hop supervised, two blocks in turn", "new + old .33, old + new 0",
+           new_facts(groups["tune/dial_two_blocks"]), "holds", "four slots: the opposite",
            f"{tune}, of --n-blocks 2"]
     yield ["An ordinary transformer fails", "near chance",
            f"answer {end(groups['tiny/own_blocks_last_loop'], 'test_ood')}, shared "
            f"{end(groups['tiny/last_loop'], 'test_ood')}", "holds",
-           "not if every loop is graded", "--n-blocks 4 --min-loops 4"]
+           "not if loops 2 to 4 are graded", "--n-blocks 4 --min-loops 4"]
 
 
 def short_verdicts(groups):
