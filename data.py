@@ -35,7 +35,6 @@ class WorldConfig:
     ood_fraction: float = 0.125  # share of facts that are OOD
     phi: float = 18.0            # training compositions per ID fact
     data_seed: int = 0           # seed of graph and splits, apart from the model's
-    first_tail: bool = False     # own facts: keep the first of several tails of (head, relation)
     new_facts: int = 0           # facts added for fine-tuning, in place of the OOD facts
     kept: float = 1.0            # share of the ID facts kept when fine-tuning
     new_k1: int = 0              # compositions trained for each new fact as hop 1: new + old
@@ -46,7 +45,7 @@ class WorldConfig:
 class BadInput(ValueError):
     """A setting or a file that cannot be used; its text is the one line the user reads."""
     def __str__(self):
-        return " ".join(str(self.args[0]).split())  # names may hold line breaks
+        return " ".join(str(self.args[0]).split())  # what it quotes may have several
 
 
 # ---------------------------------------------------------------- the world
@@ -213,32 +212,22 @@ def change_facts(world, config, rng):
 
 # ---------------------------------------------------------------- files
 def read_facts(path, config):
-    """A World from lines of head, relation, tail (UTF-8, tab-separated); OOD facts are drawn. Of
-    several tails for a (head, relation) `first_tail` keeps the first; without it they are refused.
-    So are tails that are never heads: from every bridge a path must go on."""
+    """A World from lines of head, relation, tail (UTF-8, tab-separated); OOD facts are drawn. A
+    line that names another tail of a (head, relation) is refused."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # without the mark some editors put first
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}")
-    tails, others, entities, relations, facts = {}, [], {}, {}, []
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: {error}")
+    tails, entities, relations = {}, {}, {}
     for number, line in enumerate(text.rstrip().split("\n"), 1):
         names = [name.strip() for name in line.split("\t")]
         if len(names) != 3 or not all(names):
             raise BadInput(f"{path}, line {number}: needs head, relation and tail, tab-separated")
-        h, r, t = names
+        h, t = (entities.setdefault(name, len(entities)) for name in names[::2])  # as they come
+        r = relations.setdefault(names[1], len(relations))
         if tails.setdefault((h, r), t) != t:
-            others.append(f"line {number}: another tail of ({h}, {r})")
-    if others and not config.first_tail:
-        raise BadInput(f"{path}, {others[0]}, one of {len(others)}; --first-tail true leaves them "
-                       "out")
-    heads = {h for h, _ in tails}
-    for (h, r), t in tails.items():
-        if t not in heads:
-            raise BadInput(f"{path}: {t} is never a head, no path goes on from it")
-        facts.append((entities.setdefault(h, len(entities)),     # numbered as they come
-                      relations.setdefault(r, len(relations)),
-                      entities.setdefault(t, len(entities))))
-    facts = np.array(facts)
+            raise BadInput(f"{path}, line {number}: another tail of ({names[0]}, {names[1]})")
+    facts = np.array([(h, r, t) for (h, r), t in tails.items()])
     facts = facts[facts[:, 0].argsort(kind="stable")]            # (F, 3)
     is_ood = draw_ood(len(facts), config, np.random.default_rng([config.data_seed, 0]))
     return build_world(path, facts, is_ood, entities, relations)

@@ -442,13 +442,6 @@ def read_checkpoint(path, names):
         return {name: saved[name] for name in names}
 
 
-def load_weights(model, path):
-    """Put the weights of before.pt or after.pt, which may be in half precision, into the model."""
-    weights = read_checkpoint(path, ("step", "weights"))["weights"]
-    with reading(path):
-        model.load_state_dict(weights)
-
-
 def read_config(folder):
     """config.json of a run folder, as `describe` made it."""
     path = Path(folder, "config.json")
@@ -470,10 +463,12 @@ def read_run(folder):
 
 def load_run(folder, weights="grokked"):
     """(model, world, splits) of a run, on the CPU; its weights "before" or "grokked"."""
-    about = read_config(folder)
+    about, path = read_config(folder), Path(folder, WEIGHTS[weights])
     world, splits = build_data(about, folder)
     model = LoopedTransformer(Config(**about["model"]), world.n_entities, world.n_relations)
-    load_weights(model, Path(folder, WEIGHTS[weights]))
+    saved = read_checkpoint(path, ("step", "weights"))
+    with reading(path):
+        model.load_state_dict(saved["weights"])  # may be in half precision
     return model.eval().requires_grad_(False), world, splits
 
 
@@ -527,8 +522,9 @@ def begin(about, world, splits):
     trainer = Trainer(Config(**about["model"]), world, splits, torch.device(about["device"]))
     start = about.get("start", {"weights": "none"})
     if start["weights"] in WEIGHTS:
-        load_weights(trainer.model, Path(start["path"], WEIGHTS[start["weights"]]))
-        trainer.average.load_state_dict(trainer.model.state_dict())
+        begun = load_run(start["path"], start["weights"])[0].state_dict()
+        trainer.model.load_state_dict(begun)
+        trainer.average.load_state_dict(begun)
     return trainer
 
 
@@ -575,10 +571,6 @@ FREE = ("new_facts", "kept", "new_k1", "new_k2", "whole_rows", "lr", "weight_dec
         "steps", "warmup", "ema", "atomic_share", "bf16", "eval_every", "seed", "min_loops", "copy")
 
 
-def names_of(cls):
-    return [field.name for field in fields(cls)]
-
-
 def check(config):
     """The WorldConfig or Config given; BadInput for its first setting that cannot be."""
     if isinstance(config, WorldConfig):
@@ -619,7 +611,7 @@ def describe(given):
         about.update(describe_data(given))
     chosen.update((name, value) for name, value in given.items() if value is not None)
     for part, cls in (("world", WorldConfig), ("model", Config)):
-        values = {name: chosen[name] for name in names_of(cls) if name in chosen}
+        values = {name: chosen[name] for name in cls.__annotations__ if name in chosen}
         about[part] = asdict(check(cls(**values)))
     about["device"] = pick_device(given["device"])
     about["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__,
@@ -634,7 +626,7 @@ def describe(given):
 def describe_data(given):
     """Entry "data" of a run on own facts; and "regime", if the file brings that, and the splits."""
     whole = Path(given["data"]).suffix == ".npz"
-    brought = [*names_of(WorldConfig), "regime"] if whole else GRAPH
+    brought = [*WorldConfig.__annotations__, "regime"] if whole else GRAPH
     refuse(given, brought, "comes with --data")
     about = {"data": {"path": given["data"], "sha256": digest(given["data"])}}
     return {**about, "regime": read_data(given["data"])[2]} if whole else about
@@ -652,7 +644,7 @@ def read_start(given):
     path, weights = Path(given["start"]), given["weights"] or "grokked"
     if weights not in (*WEIGHTS, "none"):
         raise BadInput(f"weights = {weights}: must be one of {', '.join(WEIGHTS)}, none")
-    brought = [name for name in names_of(WorldConfig) + names_of(Config) if name not in FREE]
+    brought = [name for name in WorldConfig.__annotations__ | Config.__annotations__ if name not in FREE]
     refuse(given, [*brought, "regime", "data"], f"comes from {path}")
     start = read_config(path)
     if "data" in start:
@@ -719,8 +711,7 @@ def truth(text):
 
 
 def pick_device(name):
-    there = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
-    here = [kind for kind, backend in there.items() if backend.is_available()]
+    here = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
     if name not in (None, *here):
         raise BadInput(f"device = {name}: must be one that is here: {', '.join(here)}")
     return name or here[0]

@@ -216,23 +216,22 @@ def test_new_facts_obey_every_rule(regime, **changes):
 
 
 def test_own_facts_keep_their_names_and_order(tmp_path):
-    """One stands twice; Otto goes with the line that gives another tail."""
-    path, config = tmp_path / "family.tsv", WorldConfig(ood_fraction=0.5, first_tail=True)
+    """One stands twice; Otto is never a head."""
+    path, config = tmp_path / "family.tsv", WorldConfig(ood_fraction=0.5)
     text = ("\ufeffAnna\tmother of\tJörg\r\nJörg\tknows\t李雷\n李雷 \tknows\tAnna\n"
-            "Anna\tknows\tAnna\nJörg\tknows\t李雷\nJörg\tknows\tOtto\n\n")
+            "Anna\tknows\tAnna\nJörg\tknows\t李雷\n李雷\tmother of\tOtto\n\n")
     path.write_text(text, encoding="utf-8", newline="")
     world = read_facts(path, config)
-    assert world.entity_names == ("Anna", "Jörg", "李雷")
+    assert world.entity_names == ("Anna", "Jörg", "李雷", "Otto")
     assert world.relation_names == ("mother of", "knows") and world.is_ood.sum() == 2
-    assert triples(world)[0] == {(0, 0): 1, (0, 1): 0, (1, 1): 2, (2, 1): 0}
-    with pytest.raises(BadInput, match="line 6: another tail of .Jörg, knows., one of 1; --first"):
-        read_facts(path, replace(config, first_tail=False))
+    assert triples(world)[0] == {(0, 0): 1, (0, 1): 0, (1, 1): 2, (2, 1): 0, (2, 0): 3}
+    assert len(data.compositions(world)[0]) == len(walks(world)) == 7
 
 
 @pytest.mark.parametrize("content, said", [
     ("", "line 1: needs head, relation and tail"), ("a\tr\ta\n\na\tr\tb\n", "line 2: needs head"),
     ("a\tr\ta\na\t\tb\n", "line 2: needs"), ("\udcff", "can't decode byte"),
-    ("a\tr\ta\nb\tr\tc\n", "c is never a head"),
+    ("a\tr\ta\n\ufeffb\tr\tc\nb \tr\tc\na\tr\tb\n", "line 4: another tail of .a, r."),
     ("".join(f"a{i}\tr{i}\ta0\n" for i in range(8000)), "makes over 50000000 compositions")])
 def test_own_facts_that_cannot_be_used_are_refused(content, said, tmp_path):
     path = tmp_path / "facts.tsv"
