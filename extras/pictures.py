@@ -11,6 +11,7 @@ import argparse
 import io
 import sys
 import zipfile
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def draw_curve(axes, runs, split, lens=None, **style):
     steps = sorted(set.intersection(*(set(found) for found in curves)))
     if not steps:
         return np.nan
-    shares = np.array([[found[step] for step in steps] for found in curves])     # (seeds, steps)
+    shares = np.array([list(map(found.get, steps)) for found in curves])     # (seeds, steps)
     axes.plot(steps, shares.mean(0), **style)
     if len(runs) > 1:
         axes.fill_between(steps, shares.min(0), shares.max(0), color=style["color"], alpha=0.2,
@@ -105,8 +106,8 @@ def shares_up(axes, steps, log=True):
     first, end = min(steps), max(steps)
     if log and first < end:
         axes.set_xscale("log")
-        ticks = [a * 10 ** b for b in range(9) for a in (1, 2, 5)]
-        ticks = [tick for tick in ticks if first <= tick <= end]
+        ticks = np.outer(10 ** np.arange(9), (1, 2, 5)).ravel()
+        ticks = ticks[(first <= ticks) & (ticks <= end)]
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
         axes.set_xlim(first, end)
@@ -134,12 +135,13 @@ def name_of(run):
 
 
 def steps_of(runs):
-    return [line["step"] for run in runs for line in run.history]
+    return [line["step"] for line in chain.from_iterable(run.history for run in runs)]
 
 
 def seeds_of(groups):
     """"3 seeds" or "1 to 3 seeds" of {name: runs}."""
-    low, high = (pick(len(runs) for runs in groups.values()) for pick in (min, max))
+    counts = [len(runs) for runs in groups.values()]
+    low, high = min(counts), max(counts)
     return f"{low} to {high} seeds" if low < high else f"{high} seed{'s' * (high > 1)}"
 
 
@@ -339,8 +341,8 @@ CELLS = {"yes, yes": "both hops", "yes, no": "hop 1 alone", "no, yes": "hop 2 al
 
 def cells(groups):
     """{regime: runs with cells}: OOD answers by what was supervised, a dot a seed."""
-    rows = [(regime, cell) for regime, runs in groups.items() for cell in CELLS
-            if any(run.cells[cell]["n"] for run in runs)]
+    rows = [(regime, cell) for regime, cell in product(groups, CELLS)
+            if sum(run.cells[cell]["n"] for run in groups[regime])]
     figure = Figure((WIDTH, 0.42 * len(rows) + 1.3), layout="constrained")
     grid = figure.subplots(1, 2, sharey=True)
     for axes, title, end in zip(grid, ("all OOD queries", "both facts are known"), ("", "_known")):
@@ -363,7 +365,8 @@ def draw_cell(axes, row, found):
         y = row + 0.2 * (seed - (len(found) - 1) / 2)
         axes.plot(wilson(round(share * n), n), [y, y], color=GREY, lw=1.2)
         axes.plot(share, y, "o", color=BLUE, ms=4.5)
-    low, high = (pick((n for _, n in found), default=0) for pick in (min, max))
+    counts = [n for _, n in found] or [0]
+    low, high = min(counts), max(counts)
     axes.text(1.04, row, f"n = {low}" + (f" to {high}" if low < high else ""), fontsize=8.5,
               va="center", transform=axes.get_yaxis_transform())
 
@@ -406,9 +409,9 @@ def tuned(found):
     figure.legend(handles=[Line2D([], [], color=color, ls=dashes, lw=2, label=name)
                            for key, (color, dashes, name) in STARTS.items() if key in shown],
                   loc="outside lower center", ncols=4, fontsize=8.5, frameon=False)
-    counts = {(kept, key): runs for kept, starts in found.items() for key, runs in starts.items()}
+    runs = dict(enumerate(chain.from_iterable(starts.values() for starts in found.values())))
     figure.suptitle("Share of compositions with new facts that are right, while fine-tuning: mean "
-                    f"and range of {seeds_of(counts)}", fontsize=10)
+                    f"and range of {seeds_of(runs)}", fontsize=10)
     return figure
 
 
@@ -445,7 +448,9 @@ def film(folder, n=100):
             say_progress(trainer)
     compare(folder, trainer.history, history)
     content = io.BytesIO()
-    maps = {name: np.array([found[name] for found in frames], np.float32) for name in MAPS}
+    maps = {}
+    for name in MAPS:
+        maps[name] = np.array([found[name] for found in frames], np.float32)
     np.savez_compressed(content, n=len(swapped[2]), step=[line["step"] for line in trainer.history],
                         **maps)
     write_file(folder / "frames.npz", content.getvalue())
@@ -502,8 +507,8 @@ def draw_sites(axes, values, title):
     """A map (n_loops, 2, T) with a row for what was mixed and one for the state of each loop."""
     n_loops, n_parts, T = values.shape
     draw_map(axes, values.reshape(n_loops * n_parts, T))
-    axes.set_yticks(range(n_loops * n_parts), [f"{loop + 1} {part}" for loop in range(n_loops)
-                                               for part in PARTS])
+    rows = product(range(1, n_loops + 1), PARTS)
+    axes.set_yticks(range(n_loops * n_parts), [f"{loop} {part}" for loop, part in rows])
     axes.set_xticks(range(T), places(T))
     axes.tick_params(labelsize=8, length=0)
     axes.set_title(title, fontsize=8.5)
@@ -545,7 +550,7 @@ def moving(run, most=40):
 # ---------------------------------------------------------------- the command line
 def choose(groups):
     """{file: (what draws it, from what, which is empty if the runs are not there)}."""
-    runs = [run for seeds in groups.values() for run in seeds]
+    runs = chain.from_iterable(groups.values())
     filmed = [run for run in runs if (run.folder / "frames.npz").exists()]
     quick = groups.get("tiny/natural") or groups.get("small/natural") or []
     measured = regimes_of(groups, "small", "cells")

@@ -6,11 +6,13 @@
 
 A line of the plan is a name and options of grok.py: `small/natural  --preset small`. It is trained
 for seeds 0, 1, 2 into ROOT/small/natural/seed0 and so on. `--start NAME` in a line means the run of
-that name and seed, which comes first; `seeds=8` at its end is its own number of seeds.
+that name and seed, `--start NAME/seed5` that one for every seed; it comes first. `seeds=8` at the
+end of a line are seeds 0 to 7, `seeds=3-7` these five.
 """
 import argparse
 import fnmatch
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -37,7 +39,7 @@ or, as a task of an array job:  sed -n "${SLURM_ARRAY_TASK_ID}p" all.txt | sh
 
 
 def read_plan(path, usual):
-    """{name: (options but --start, its name or None, number of seeds)}, in the file's order."""
+    """{name: (options but --start, its name or None, range of seeds)}, in the file's order."""
     plan = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip() and not line.strip().startswith("#"):
@@ -53,26 +55,36 @@ def read_options(name, options, above, usual):
     """What `read_plan` holds of one line; `above` are the lines before it."""
     if name in above or name.startswith("-") or not Path(name).parts or Path(name).is_absolute():
         raise BadInput(f"name = {name}: must be a folder's, and no other line's")
-    seeds = usual
+    text = str(usual)
     if options and options[-1].startswith("seeds="):
-        seeds = int(options.pop().removeprefix("seeds="))
+        text = options.pop().removeprefix("seeds=")
+    least, dash, most = text.partition("-")
+    seeds = range(int(least), int(most) + 1) if dash else range(int(text))
     given = grok.parse(options)  # a wrong option is found before anything is trained
     start = given["start"]
     grok.refuse(given, ("seed", "out"), "each run gets its own")
-    if seeds < 1 or start and (start not in above or above[start][2] < seeds):
-        raise BadInput(f"seeds = {seeds}, start = {start}: must be 1 or more, and a line above "
-                       "with as many")
+    if not seeds:
+        raise BadInput(f"seeds = {text}: must be 1 or more, or a range like 3-7")
+    for seed in seeds if start else ():
+        source, _, number = run_of(start, seed).rpartition("/seed")
+        if source not in above or int(number) not in above[source][2]:
+            raise BadInput(f"start = {start}: no line above trains {source}/seed{number}")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--start")
     return parser.parse_known_args(options)[1], start, seeds
+
+
+def run_of(start, seed):
+    """The run that the run of this seed starts from, NAME/seedK."""
+    return start if re.search(r"/seed\d+$", start) else f"{start}/seed{seed}"
 
 
 def every_run(plan, root):
     """{NAME/seedK: (all that comes after `python grok.py`, the run to start from or None)}."""
     runs = {}
     for name, (options, start, seeds) in plan.items():
-        for seed in range(seeds):
-            run, source = f"{name}/seed{seed}", f"{start}/seed{seed}" if start else None
+        for seed in seeds:
+            run, source = f"{name}/seed{seed}", run_of(start, seed) if start else None
             begin = ["--start", str(root / source)] if start else []
             own = ["--seed", str(seed), "--out", str(root / run)]
             runs[run] = [*options, *begin, *own], source

@@ -9,6 +9,8 @@ import argparse
 import json
 import sys
 from collections import Counter, namedtuple
+from itertools import product
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -128,8 +130,8 @@ def tuned(groups):
 def paths(groups):
     """Answered, seen, present, used, before and after grokking (Finding 2)."""
     yield ["run", "weights", "queries", "answered", "seen anywhere (chance)", "seen, best site",
-           "seen among entities", "present", "used: a donor", "used: its code",
-           "used: its token's direction", "probe's subspace", "all but that", "across ID and OOD",
+           "seen among entities", "present", "translated to its token", "used: a donor",
+           "used: its code", "used: its token's direction", "probe's subspace", "all but that", "across ID and OOD",
            "circuit"]
     for name, runs in groups.items():
         for stage in WEIGHTS:
@@ -150,7 +152,8 @@ def path_row(stage, split, found):
     return [answered, f"{spread([x['bridge']['any'] for x in lens])} "
             f"({np.mean([x['bridge_chance']['any'] for x in lens]):.2f})",
             spread([x["bridge"]["best"] for x in lens]), spread(among),
-            spread([np.max(maps["probe"]) for maps in found]), *used,
+            spread([np.max(maps["probe"]) for maps in found]),
+            spread([np.max(maps["translated"]) for maps in found]), *used,
             count(map(circuit_name, found))]
 
 
@@ -182,11 +185,44 @@ def count(words):
 def classes(groups):
     """Which circuit each seed has when the training is just fitted (ID queries): regime or seed?"""
     yield ["runs", *(f"seed {seed}" for seed in range(8)), "first entity"]
-    for regime in ("both_full", "both_half", "first_full", "second_full", "natural", "other_world"):
-        runs = groups.get(f"small/{regime}", []) + groups[f"classes/{regime}"]
-        kinds = {run.about["model"]["seed"]: class_of(run) for run in runs}
+    for regime in ("both_full", "both_half", "first_full", "second_full", "natural", "other_world",
+                   "smaller_steps"):
+        kinds = {run.about["model"]["seed"]: class_of(run) for run in runs_of(groups, regime)}
         fitted = [kind == "entity" for kind in kinds.values() if kind != "not fitted"]
         yield [regime, *(kinds.get(seed, "") for seed in range(8)), of_seeds(fitted)]
+
+
+def by_class(groups):
+    """The two circuits apart, at the fit, OOD queries: means only over seeds of one class."""
+    yield ["regime", "circuit", "seeds", "OOD answer", "seen anywhere", "seen among entities",
+           "present", "used: a donor", "used: its code", "used: its token's direction"]
+    for regime in ("both_full", "both_half", "first_full", "second_full", "natural"):
+        runs = runs_of(groups, regime)
+        for kind in ("entity", "code"):
+            some = [run for run in runs if class_of(run) == kind]
+            found = [run.paths["before"]["test_ood"] for run in some]
+            seen = [maps["lens"]["state"]["bridge"]["any"] for maps in found]
+            yield [regime, kind, len(some), at_fit(some), spread(seen),
+                   spread([entity_seen(maps) for maps in found]),
+                   spread([np.max(maps["probe"]) for maps in found]),
+                   *(most(found, patch) for patch in ("other_r2", "code", "visible"))]
+
+
+def runs_of(groups, regime):
+    """All runs of a regime in `small`, one a seed: the last that there is."""
+    runs = {}
+    for kind in ("small", "classes", "late"):
+        for run in groups.get(f"{kind}/{regime}", []):
+            runs[run.about["model"]["seed"]] = run
+    return [runs[seed] for seed in sorted(runs)]
+
+
+def draws(groups):
+    """Which circuit, with the first weights of one seed and the draws of another (both_full)?"""
+    yield ["first weights of", *(f"draws of seed {seed}" for seed in range(4))]
+    for name, runs in groups.items():
+        kinds = {run.about["model"]["seed"]: class_of(run) for run in runs}
+        yield [name.replace("draws/weights_", "seed "), *(kinds[seed] for seed in range(4))]
 
 
 def class_of(run):
@@ -256,8 +292,8 @@ def alike_all(pairs):
 
 def swaps_of(run):
     """{"before ID": swap map, ...} of a run."""
-    return {f"{stage} {short}": map_at(run.paths[stage][split], "swap")
-            for stage in run.paths for split, short in EXAMINED.items()}
+    return {f"{stage} {EXAMINED[split]}": map_at(run.paths[stage][split], "swap")
+            for stage, split in product(run.paths, EXAMINED)}
 
 
 def within(runs, one, two):
@@ -426,17 +462,25 @@ def per_fact(groups):
 
 def growth(groups):
     """Steps to fit and to OOD answers against the number of entities, and what a step takes."""
-    yield ["run", "entities", "D", "seeds", "steps", "ms a step", "training >= .99",
+    yield ["run", "entities", "D", "D by rule", "seeds", "steps", "ms a step", "training >= .99",
            "OOD answer >= .5", "OOD answer >= .95", "OOD answer"]
     for name, runs in sorted(groups.items(), key=entities):
         about, ends = runs[0].about, [run.history[-1] for run in runs]
-        yield [name, about["world"]["n_entities"], about["model"]["d_model"], len(runs),
+        size = about["world"]["n_entities"]
+        rule = f"{width_for(size):.0f}" if about["preset"] == "small" else ""
+        yield [name, size, about["model"]["d_model"], rule, len(runs),
                spread([end["step"] for end in ends], 0),
                spread([1000 * end["seconds"] / end["step"] for end in ends], 0),
                *(steps_to(runs, level, split)
                  for level, split in ((0.99, "train_inferred"), (0.5, "test_ood"),
                                       (0.95, "test_ood"))),
                spread([end["accuracy"]["test_ood"] for end in ends])]
+
+
+def width_for(n_entities):
+    """The rule for the width D of `small` in a larger world: a power of the number of entities,
+    through 96 at 40 and 192 at 100. The other sizes test it."""
+    return 96 * (n_entities / 40) ** 0.756
 
 
 def entities(item):
@@ -598,16 +642,16 @@ Chance is the same rate for another query's bridge. `python -m extras.run_all` t
 def page(root):
     """Lines of runs/shipped/README.md."""
     groups = read_groups(root)
-    looked = {name: runs for name, runs in choose(groups, "small/", "tiny/").items()
-              if all(run.paths for run in runs)}
+    looked = complete(choose(groups, "small/", "tiny/"), "paths")
     sections = {
         "Verdicts": (verdicts, groups),
         "The stages (Finding 1)": (stages, choose(groups, "small/", "long/", "tiny/")),
         "The path of ID and OOD queries (Finding 1)": (likeness, looked),
         "Seen, present, used (Finding 2)": (paths, looked),
-        "Which circuit, regime or seed?": (classes, choose(groups, "small/", "classes/")),
-        "Half supervision in four cells": (cells, {name: runs for name, runs in groups.items()
-                                                   if all(run.cells for run in runs)}),
+        "Which circuit, regime or seed?": (classes, choose(groups, "small/", "classes/", "late/")),
+        "The two circuits apart": (by_class, choose(groups, "small/", "classes/", "late/")),
+        "Which circuit, first weights or draws?": (draws, choose(groups, "draws/")),
+        "Half supervision in four cells": (cells, complete(groups, "cells")),
         "The dials": (dials, choose(groups, "dial/", "tune/dial_", "small/second_full",
                                     "tune/small_second_full_grokked")),
         "New facts (Finding 3)": (tuned, choose(groups, "tune/")),
@@ -627,6 +671,11 @@ def page(root):
     for path in sorted(Path(root).glob("*.txt")):
         yield from ["", f"## {path.stem}", "", "```",
                     *path.read_text(encoding="utf-8").splitlines(), "```"]
+
+
+def complete(groups, what):
+    """The groups of whose every run there is "paths", or "cells"."""
+    return {name: runs for name, runs in groups.items() if all(map(attrgetter(what), runs))}
 
 
 def choose(groups, *starts):

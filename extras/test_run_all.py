@@ -161,14 +161,17 @@ def test_signals_are_as_before_when_a_list_is_trained(tmp_path, stand_in):
 
 # ---------------------------------------------------------------- list, plan, processors
 def test_list_prints_a_plain_command_a_run_and_writes_nothing(tmp_path, capsys):
-    argv = write_plan(tmp_path, "a --lr 1e-3 seeds=2\nb/c --start a --steps 7 seeds=1\nd\n")
+    argv = write_plan(tmp_path, "a --lr 1e-3 seeds=2\nb/c --start a --steps 7 seeds=1\nd\n"
+                                "e --start a/seed1 seeds=3-4\n")
     root = tmp_path / "runs"
     assert run_all.main([*argv, "--list", "--seeds", "1"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"python grok.py --lr 1e-3 --seed 0 --out {root}/a/seed0",
         f"python grok.py --lr 1e-3 --seed 1 --out {root}/a/seed1",
         f"python grok.py --steps 7 --start {root}/a/seed0 --seed 0 --out {root}/b/c/seed0",
-        f"python grok.py --seed 0 --out {root}/d/seed0"]
+        f"python grok.py --seed 0 --out {root}/d/seed0",
+        f"python grok.py --start {root}/a/seed1 --seed 3 --out {root}/e/seed3",
+        f"python grok.py --start {root}/a/seed1 --seed 4 --out {root}/e/seed4"]
     assert not root.exists()
 
 
@@ -193,9 +196,10 @@ def test_every_line_of_the_plan_here_is_one_that_grok_takes(tmp_path, capsys):
     ("/a", "line 1: name = /a:"),
     ("a --seed 1", "line 1: seed = 1:"),
     ("a --out b", "line 1: out = b:"),
-    ("a --start b\nb", "line 1: seeds = 3, start = b:"),
-    ("a seeds=2\nb --start a", "line 2: seeds = 3, start = a:"),
-    ("a seeds=0", "line 1: seeds = 0,"),
+    ("a --start b\nb", "line 1: start = b: no line above trains b/seed0"),
+    ("a seeds=2\nb --start a", "line 2: start = a: no line above trains a/seed2"),
+    ("a seeds=0", "line 1: seeds = 0:"), ("a seeds=3-2", "line 1: seeds = 3-2: must be"),
+    ("a seeds=3-5\nb --start a/seed2 seeds=1", "line 2: start = a/seed2: no line above"),
     ("a seeds=x", "line 1: invalid literal"),
     ("a 'b", "line 1: No closing quotation"),
     ("# none", "only = *: must be like one of"),
@@ -209,7 +213,7 @@ def test_a_plan_that_cannot_be_is_refused_before_anything_is_trained(tmp_path, c
 
 @pytest.mark.parametrize("options, said", [
     (["--at-once", "0"], "at_once = 0:"), (["--only", "x"], "only = x: must be like one of a"),
-    (["--seeds", "0"], "seeds = 0,"), (["--plan", "no/such"], "no/such"), (["--all"], "--all")])
+    (["--seeds", "0"], "seeds = 0:"), (["--plan", "no/such"], "no/such"), (["--all"], "--all")])
 def test_bad_options_are_refused(tmp_path, capsys, options, said):
     assert run_all.main([*write_plan(tmp_path, "a"), *options]) == 2
     printed = capsys.readouterr().err
