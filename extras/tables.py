@@ -18,6 +18,7 @@ import numpy as np
 import analyze
 from analyze import circuit, EXAMINED, map_at, places, predict
 from data import BadInput, queries
+from extras.graft import PARTS
 from grok import build_data, first_step, load_run, read_run, say, to_tokens, WEIGHTS, write_file
 
 Run = namedtuple("Run", "folder about history paths cells")  # paths, cells: None if not measured
@@ -222,7 +223,16 @@ def draws(groups):
     yield ["first weights of", *(f"draws of seed {seed}" for seed in range(4))]
     for name, runs in groups.items():
         kinds = {run.about["model"]["seed"]: class_of(run) for run in runs}
-        yield [name.replace("draws/weights_", "seed "), *(kinds[seed] for seed in range(4))]
+        yield [name.replace("draws/weights_", "seed "), *(kinds.get(seed, "") for seed in range(4))]
+
+
+def grafts(groups):
+    """Which circuit, with one part of the first weights exchanged between seeds 0 and 2?"""
+    yield ["part", "seed 0 with that of seed 2", "seed 2 with that of seed 0"]
+    for part in PARTS:
+        pair = [groups.get(f"graft/{part}_of_{name}") for name in ("2_in_0", "0_in_2")]
+        if all(pair):
+            yield [part, *(class_of(runs[0]) for runs in pair)]
 
 
 def class_of(run):
@@ -651,6 +661,7 @@ def page(root):
         "Which circuit, regime or seed?": (classes, choose(groups, "small/", "classes/", "late/")),
         "The two circuits apart": (by_class, choose(groups, "small/", "classes/", "late/")),
         "Which circuit, first weights or draws?": (draws, choose(groups, "draws/")),
+        "Which circuit, which part of the first weights?": (grafts, choose(groups, "graft/")),
         "Half supervision in four cells": (cells, complete(groups, "cells")),
         "The dials": (dials, choose(groups, "dial/", "tune/dial_", "small/second_full",
                                     "tune/small_second_full_grokked")),

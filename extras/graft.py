@@ -1,0 +1,59 @@
+"""Which part of the first weights decides the circuit? Two untrained models, one part exchanged.
+
+    python -m extras.graft ONE OTHER -o ROOT
+
+ONE and OTHER are run folders that differ in their seed, trained for no step to speak of, as
+`init/both_full/seed0` of extras/plan.txt. For each of PARTS, ONE with that part of OTHER's weights
+is trained as `small`, and OTHER with ONE's; into ROOT/graft/PART_of_2_in_0/seed0 and so on.
+"""
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import grok
+from data import BadInput
+
+PARTS = {"embedding": ("embedding",), "head": ("head",), "mixing": ("blocks.0.mix.",),
+         "mlp": ("blocks.0.gate_up.", "blocks.0.down.")}
+
+
+def graft(run, donor, part, folder):
+    """Write a copy of a run whose weights with names that begin so are the donor's."""
+    shutil.copytree(run, folder, dirs_exist_ok=True)
+    own, other = (grok.read_checkpoint(path / "after.pt", ("step", "weights"))
+                  for path in (run, donor))
+    taken = {name: weight for name, weight in other["weights"].items() if name.startswith(part)}
+    grok.write_checkpoint(folder / "after.pt", {**own, "weights": {**own["weights"], **taken}})
+
+
+def train(run, donor, name, root):
+    """Exit status of the training that starts from the run with this part of the donor's."""
+    seed, other = (grok.read_config(folder)["model"]["seed"] for folder in (run, donor))
+    label = f"{name}_of_{other}_in_{seed}/seed{seed}"
+    graft(run, donor, PARTS[name], root / "start" / label)
+    return grok.main(["--preset", "small", "--start", str(root / "start" / label), "--lr", "0.004",
+                      "--steps", "2000", "--seed", str(seed), "--out", str(root / "graft" / label)])
+
+
+def main(argv=None):
+    """Train them all; exit status 0, or that of the first that failed."""
+    parser = argparse.ArgumentParser(prog="extras.graft", description=__doc__.splitlines()[0])
+    parser.add_argument("one", type=Path, help="a run's folder")
+    parser.add_argument("other", type=Path, help="another's")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="a folder for the runs")
+    given = parser.parse_args(argv)
+    for name in PARTS:
+        for run, donor in ((given.one, given.other), (given.other, given.one)):
+            try:
+                status = train(run, donor, name, given.out)
+            except (BadInput, OSError) as error:
+                status = 2
+                print(f"extras.graft: {error}", file=sys.stderr)
+            if status:
+                return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""What extras/graft.py promises: one part is the donor's, the rest is the run's own."""
+import torch
+
+import grok
+from extras import graft
+
+
+def weights(folder):
+    return grok.load_run(folder)[0].state_dict()
+
+
+def test_each_start_has_one_part_of_the_donor_and_is_trained(tmp_path, monkeypatch):
+    for seed in "01":
+        assert grok.main(["--preset", "smoke", "--layout", "bidirectional", "--mixing", "tokens",
+                          "--tied", "false", "--steps", "1", "--lr", "0", "--seed", seed,
+                          "--out", str(tmp_path / seed)]) == 0
+    commands = []
+    monkeypatch.setattr(grok, "main", lambda argv: commands.append(argv) or 0)
+    one, other = tmp_path / "0", tmp_path / "1"
+    assert graft.main([str(one), str(other), "-o", str(tmp_path)]) == 0
+    assert len(commands) == 2 * len(graft.PARTS)
+    changed = []
+    for command in commands:
+        given = grok.parse(command)
+        own, donor = (one, other) if given["seed"] == 0 else (other, one)
+        mixed = weights(given["start"])
+        for name, weight in mixed.items():
+            is_own, is_donors = (torch.equal(weight, weights(f)[name]) for f in (own, donor))
+            assert is_own != is_donors
+            changed += [name] if is_donors else []
+    assert sorted(changed) == sorted([*weights(one)] * 2)        # every weight once in either
