@@ -53,24 +53,19 @@ def lens(model, tokens, bridges, answers, n_entities):
 
 
 # ---------------------------------------------------------------- what is present
-def with_one(values):
-    """Values (n_loops, 2, N, T, D) -> (n_loops, 2, T, N, D + 1): a site's queries side by side."""
-    return F.pad(values, (0, 1), value=1.0).transpose(2, 3)
-
-
 def fit(model, tokens, targets, ridge=1.0):
     """Ridge regression at every site, in closed form: weights (n_loops, 2, T, D + 1, K) from the
     values of tokens (N, T), and a constant 1, to targets (N, K)."""
     gram = moment = 0
     for part, wanted in zip(tokens.split(BATCH), targets.split(BATCH)):
-        x = with_one(values_of(model, part))                            # (n_loops, 2, T, B, D + 1)
+        x = F.pad(values_of(model, part), (0, 1), value=1.0).transpose(2, 3)  # (..., T, B, D + 1)
         gram, moment = gram + x.mT @ x, moment + x.mT @ wanted
     return torch.linalg.solve(gram + ridge * torch.eye(gram.shape[-1]), moment)
 
 
 def read(model, tokens, weights):
     """What the weights of `fit` make of the values of tokens: (n_loops, 2, T, N, K)."""
-    return with_one(values_of(model, tokens)) @ weights
+    return F.pad(values_of(model, tokens), (0, 1), value=1.0).transpose(2, 3) @ weights
 
 
 def subspace(weights):
@@ -204,10 +199,8 @@ def corrupt(model, world, clean, rng):
 # ---------------------------------------------------------------- inference paths of a run
 def inference_path(model, world, splits, n=500, most=2000):
     """{split: {"n", "lens", "probe", "translated", "patch"}} of ID and OOD queries.
-
     Up to n random ones for lens and probe, which is fitted on up to `most` ID queries that nothing
-    else uses; up to n answered rightly for patching, with donors from up to `most` of the split.
-    """
+    else uses; up to n answered rightly for patching, with donors from up to `most` of the split."""
     rng, E, paths = np.random.default_rng(0), world.n_entities, {}
     shuffled = {name: splits[name].take(rng.permutation(len(splits[name].h))) for name in EXAMINED}
     half = len(shuffled["test_id"].h) // 2
@@ -284,20 +277,6 @@ def circuit(found, least=0.5):
         if used[loop, part, position] >= least:
             return PARTS[part], int(loop), int(position), float(used[loop, part, position])
     return "spread", None, None, float(used.max())
-
-
-def trace(model, world, query):
-    """Lines that follow one query (Queries of one row): the top-1 token at every site."""
-    names = [*world.entity_names, *world.relation_names, "_"]
-    tokens, _ = to_tokens(query, world, model.config.layout)
-    h, r1, r2 = (names[token] for token in tokens[0, :3])
-    b, t, top = names[query.b[0]], names[query.t[0]], logit_lens(model, tokens)[:, :, 0]
-    lines = [f"({h}, {r1}) is the bridge {b}, ({b}, {r2}) is {t}: top-1 token at each site",
-             f"{'loop':<6}{'part':<8}" + "".join(f"{p:<10}" for p in places(top.shape[2]))]
-    for loop, part in np.ndindex(*top.shape[:2]):
-        shown = "".join(f"{names[token]:<10}" for token in top[loop, part])
-        lines.append(f"{loop + 1:<6}{PARTS[part]:<8}{shown}")
-    return lines
 
 
 def places(n):

@@ -12,6 +12,7 @@ import inspect
 import json
 import re
 from collections import namedtuple
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -168,8 +169,7 @@ def add_facts(world, splits, config):
     kept_atomic, new_atomic      trained: facts
     train_inferred               trained: old training compositions that remain; new_k1, new_k2
     new_old, old_new, new_new    tested: the untrained ones, by the kinds of hop 1 and hop 2
-    old_atomic, old_inferred     may be forgotten: the old world's id_atomic and test_id, whole
-    """
+    old_atomic, old_inferred     may be forgotten: the old world's id_atomic and test_id, whole"""
     rng = np.random.default_rng([config.data_seed, 2])
     world, is_kept = change_facts(world, config, rng)
     first, second = compositions(world)
@@ -211,13 +211,20 @@ def change_facts(world, config, rng):
 
 
 # ---------------------------------------------------------------- files
+@contextmanager
+def reading(path, problem="is damaged, or another kind of file"):
+    """Says in one line what is wrong with a file: reading one raises a dozen kinds of error."""
+    try:
+        yield
+    except Exception as error:
+        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or f'{problem} ({error})'}")
+
+
 def read_facts(path, config):
     """A World from lines of head, relation, tail (UTF-8, tab-separated); OOD facts are drawn. A
     line that names another tail of a (head, relation) is refused."""
-    try:
+    with reading(path):
         text = Path(path).read_text(encoding="utf-8-sig")  # without the mark some editors put first
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: {error}")
     tails, entities, relations = {}, {}, {}
     for number, line in enumerate(text.rstrip().split("\n"), 1):
         names = [name.strip() for name in line.split("\t")]
@@ -236,14 +243,11 @@ def read_facts(path, config):
 def read_data(path):
     """(world, splits, regime) from an .npz of facts (F, 3), is_ood (F,), names (JSON) and (N, 2)
     fact numbers for each of LISTED, as `write_data` of extras/exchange.py makes it."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            facts, is_ood, *pairs = (file[name] for name in ("facts", "is_ood", *LISTED))
-            entities, relations, regime = json.loads(str(file["names"]))
+    with reading(path, "is no data file"), np.load(path, allow_pickle=False) as file:
+        facts, is_ood, *pairs = (file[name] for name in ("facts", "is_ood", *LISTED))
+        entities, relations, regime = json.loads(str(file["names"]))
         world = build_world(path, facts, is_ood, entities, relations)
         return world, all_splits(world, [pair.T for pair in pairs]), regime
-    except Exception as error:  # a damaged or foreign archive raises a dozen kinds
-        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or 'is no data file'}")
 
 
 # ---------------------------------------------------------------- settings

@@ -20,7 +20,6 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -30,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import (add_facts, BadInput, check_settings, describe_fields, LIMITS, make_splits,
-                  make_world, read_data, read_facts, REGIMES, TRAINED, WorldConfig)
+                  make_world, read_data, read_facts, reading, REGIMES, TRAINED, WorldConfig)
 
 
 @dataclass(frozen=True)
@@ -125,10 +124,8 @@ class TokenMixing(nn.Module):
 
 class Block(nn.Module):
     """Mixing between the positions of the state, then a gated MLP on (input + what was mixed).
-
     By default it departs from the usual block twice: a loop restarts from the *input*, and the MLP
-    has no residual around it, so the old state is passed on through mixing alone.
-    """
+    has no residual around it, so the old state is passed on through mixing alone."""
 
     def __init__(self, config, T):
         super().__init__()
@@ -230,11 +227,9 @@ def run_values(model, tokens):
 
 def lens_rates(top, wanted):
     """How often `wanted` (B,) is the top-1 token in top (n_loops, B, T).
-
     {"map": (n_loops, T) share at each site; "any": at one site at least (the paper's measure);
     "best": at one fixed site, chosen on every other query and scored on the rest, None if there is
-    no rest; "best_site": that (loop, position)}.
-    """
+    no rest; "best_site": that (loop, position)}."""
     hit = top == wanted[None, :, None]
     choice = hit[:, ::2].float().mean(1)                                        # (n_loops, T)
     loop, position = divmod(choice.argmax().item(), choice.shape[1])
@@ -246,10 +241,8 @@ def lens_rates(top, wanted):
 @torch.no_grad()
 def evaluate(model, exams):
     """{"accuracy": {split: share right}, "lens": {split of compositions: what the lens reads}}.
-
     Lens: bridge at "any" site and at the "best" one, each with its chance level, which is the rate
-    of another query's bridge (None if there is no other), and the answer (paper, Figure 2).
-    """
+    of another query's bridge (None if there is no other), and the answer (paper, Figure 2)."""
     accuracy, lens = {}, {}
     for split, (tokens, answers, bridges) in exams.items():
         states = run_values(model, tokens)[:, 1]                                # (loops, B, T, D)
@@ -266,8 +259,7 @@ def evaluate(model, exams):
 
 
 def make_exams(splits, world, layout, device, most=500):
-    """Up to `most` random queries of each split, {split: (tokens, answers, bridges)}; no empty one.
-    """
+    """{split: (tokens, answers, bridges)} of up to `most` random queries; empty splits left out."""
     rng, exams = np.random.default_rng(0), {}
     for name, asked in splits.items():
         chosen = asked.take(rng.permutation(len(asked.h))[:most])
@@ -298,10 +290,8 @@ def draw(config, n_facts, n_rows, generator):
 
 def loss_of(model, tokens, answers):
     """Cross-entropy of what is graded, mean over the graded loops (deep supervision, if several).
-
     Graded is the answer; with `copy` every position, which is to show its own token and, at the
-    answer position, the answer (the paper's loss).
-    """
+    answer position, the answer (the paper's loss)."""
     place, graded = model.answer_position(tokens)[:, None], []
     targets = tokens.scatter(1, place, answers[:, None]) if model.config.copy else answers[:, None]
 
@@ -356,8 +346,7 @@ class Trainer:
 
         {"step", "loss": mean since the last line, "seconds", "accuracy": {split: share right},
          "lens": {split: {"any", "any_chance", "best", "best_chance", "answer_any"}}}
-        Raises BadInput if a loss since the last line is not finite.
-        """
+        Raises BadInput if a loss since the last line is not finite."""
         last, every = self.history[-1]["step"] if self.history else 0, self.config.eval_every
         losses = self.losses[last % every:(self.step - 1) % every + 1]
         bad = (~torch.isfinite(losses)).nonzero()
@@ -400,7 +389,7 @@ def train(trainer, folder):
 
 
 # ---------------------------------------------------------------- the run folder
-WEIGHTS = {"before": "before.pt", "grokked": "after.pt"}
+WEIGHTS = {"before": "before.pt", "grokked": "after.pt"}  # may be in half precision
 
 
 def write_file(path, content):
@@ -424,22 +413,10 @@ def save_weights(trainer, path):
     write_checkpoint(path, {"step": trainer.step, "weights": trainer.average.state_dict()})
 
 
-@contextmanager
-def reading(path):
-    """Says in one line what file is damaged: reading one raises a dozen kinds of error."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise BadInput(f"{path}: is damaged, or another kind of file ({error})")
-
-
-def read_checkpoint(path, names):
-    """A .pt file with these entries; reading it runs no code."""
+def read_checkpoint(path, use):
+    """What `use` returns of what a .pt file holds; reading it runs no code."""
     with reading(path):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: saved[name] for name in names}
+        return use(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def read_config(folder):
@@ -447,6 +424,7 @@ def read_config(folder):
     path = Path(folder, "config.json")
     with reading(path):
         about = json.loads(path.read_bytes())
+        about["regime"], about["device"]  # one of ours
         for part, cls in (("world", WorldConfig), ("model", Config)):
             about[part] = asdict(check(cls(**about[part])))
         return about
@@ -466,9 +444,7 @@ def load_run(folder, weights="grokked"):
     about, path = read_config(folder), Path(folder, WEIGHTS[weights])
     world, splits = build_data(about, folder)
     model = LoopedTransformer(Config(**about["model"]), world.n_entities, world.n_relations)
-    saved = read_checkpoint(path, ("step", "weights"))
-    with reading(path):
-        model.load_state_dict(saved["weights"])  # may be in half precision
+    read_checkpoint(path, lambda saved: model.load_state_dict(saved["weights"]))
     return model.eval().requires_grad_(False), world, splits
 
 
@@ -476,10 +452,10 @@ def build_data(about, folder="."):
     """(world, splits) of a run: made from its settings, or read from the file that it names, which
     is looked for from the run's folder; then with new facts, if there are any to add."""
     config, file = WorldConfig(**about["world"]), about.get("data")
-    path = Path(folder, file["path"]) if file else None
+    path = Path(folder, file["path"]) if file else Path()
     if file and digest(path) != file["sha256"]:
         raise BadInput(f"{path}: has changed since the run began")
-    if file and path.suffix == ".npz":
+    if path.suffix == ".npz":
         world, splits, _ = read_data(path)
     else:
         world = read_facts(path, config) if file else make_world(config)
@@ -496,32 +472,31 @@ def is_done(folder, about):
     settings, naming one; more steps alone are the same run, which goes on."""
     if not (folder / "config.json").exists():
         return False
-    found = read_config(folder)
-    old, new = identity(found), identity(about)
+    old, new, end = identity(read_config(folder)), identity(about), folder / "after.pt"
     for name in new:
-        if new[name] != old[name]:
+        if name != "steps" and new[name] != old[name]:
             raise BadInput(f"{name} = {new[name]}: {folder} holds a run with {name} = {old[name]}; "
                            "choose another --out")
-    steps, last, end = about["model"]["steps"], folder / "last.pt", folder / "after.pt"
-    ended = read_checkpoint(end, ("step",))["step"] if end.exists() else 0
-    if steps < found["model"]["steps"] or 0 < ended < steps and not last.exists():
-        raise BadInput(f"steps = {steps}: {folder} holds a run of {found['model']['steps']}, which "
+    ended = read_checkpoint(end, lambda saved: saved["step"]) if end.exists() else 0
+    can_go_on = not ended or (folder / "last.pt").exists()
+    if new["steps"] < old["steps"] or ended < new["steps"] and not can_go_on:
+        raise BadInput(f"steps = {new['steps']}: {folder} holds a run of {old['steps']}, which "
                        "can only go on, and only from its last.pt; choose another --out")
-    return steps == ended
+    return new["steps"] == ended
 
 
 def identity(about):
-    """What makes a run the run it is: not how long it trains, nor where its files lie."""
-    files = {name: about.get(name, {}).get("sha256") for name in ("data", "start")}
+    """{setting: value} of all that makes a run the run it is: not where its files lie."""
     whole = {name: about[name] for name in ("regime", "device")}
-    return {**about["world"], **about["model"], **whole, **files, "steps": None}
+    files = {name: about.get(name, {}).get("sha256") for name in ("data", "start")}
+    return {**about["world"], **about["model"], **whole, **files}
 
 
 def begin(about, world, splits):
     """The Trainer of the run that `describe` describes."""
     trainer = Trainer(Config(**about["model"]), world, splits, torch.device(about["device"]))
-    start = about.get("start", {"weights": "none"})
-    if start["weights"] in WEIGHTS:
+    start = about.get("start")
+    if start and start["weights"] in WEIGHTS:
         begun = load_run(start["path"], start["weights"])[0].state_dict()
         trainer.model.load_state_dict(begun)
         trainer.average.load_state_dict(begun)
@@ -529,14 +504,14 @@ def begin(about, world, splits):
 
 
 def resume(trainer, about, folder):
-    """Go on where last.pt, if there is one, left the run; write config.json, in which paths are
-    seen from the folder."""
+    """Go on from last.pt, if there is one; write config.json, its paths seen from the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "last.pt").exists():
-        trainer.load_state_dict(read_checkpoint(folder / "last.pt", trainer.state_dict()))
+        read_checkpoint(folder / "last.pt", trainer.load_state_dict)
     written = copy.deepcopy(about)
-    for entry in (written[name] for name in ("data", "start") if name in written):
-        entry["path"] = os.path.relpath(os.path.realpath(entry["path"]), os.path.realpath(folder))
+    for name in written.keys() & {"data", "start"}:
+        path = os.path.realpath(written[name]["path"])
+        written[name]["path"] = os.path.relpath(path, os.path.realpath(folder))
     write_file(folder / "config.json", (json.dumps(written, indent=1) + "\n").encode())
 
 
@@ -559,7 +534,7 @@ PRESETS = {  # name: (what it is for, world settings, model settings)
               dict(d_model=2048, n_heads=16, logit_scale=0.2, atomic_share=0.6, bf16=True,
                    batch_size=1024, lr=5e-4, steps=40000, warmup=1000, eval_every=500)),
 }
-MODEL_LIMITS = {
+MODEL_LIMITS = {  # (least, most), or the words there are
     "layout": ("causal", "bidirectional"), "mixing": ("attention", "tokens"),
     "min_loops": (1, 128), "n_blocks": (1, 128), "n_loops": (1, 128), "slots": (0, 64),
     "d_model": (4, 2**14), "n_heads": (1, 128), "logit_scale": (1e-6, 1e6), "lr": (0, 10),
@@ -576,13 +551,12 @@ def check(config):
     if isinstance(config, WorldConfig):
         return check_settings(config, LIMITS)
     check_settings(config, MODEL_LIMITS)
-    if config.d_model % (2 * config.n_heads):
-        raise BadInput(f"n_heads = {config.n_heads}: twice it must divide d_model = "
-                       f"{config.d_model}")
-    for name in ("min_loops", "n_blocks"):
-        if getattr(config, name) > config.n_loops:
-            raise BadInput(f"{name} = {getattr(config, name)}: must lie in [1, n_loops = "
-                           f"{config.n_loops}]")
+    heads, D = config.n_heads, config.d_model
+    if D % (2 * heads):
+        raise BadInput(f"n_heads = {heads}: twice it must divide d_model = {D}")
+    for name, value in (("min_loops", config.min_loops), ("n_blocks", config.n_blocks)):
+        if value > config.n_loops:
+            raise BadInput(f"{name} = {value}: must lie in [1, n_loops = {config.n_loops}]")
     if config.layout == "causal" and (config.mixing == "tokens" or config.copy or config.slots):
         raise BadInput("layout = causal: needs mixing = attention, copy = false, slots = 0")
     return config
@@ -594,8 +568,27 @@ def describe(given):
     about, which config.json holds: {"preset", "regime", "world": WorldConfig, "model": Config,
      "device", "versions"; of a run on a file "data": {"path", "sha256"}; of one that starts from
      another run "start": {"path", "weights": "before", "grokked" or "none", "sha256"}}.
-    Paths: from here; in config.json, from the run's folder.
-    """
+    Paths: from here; in config.json, from the run's folder."""
+    about, chosen = begin_from(given)
+    chosen.update((name, value) for name, value in given.items() if value is not None)
+    for part, cls in (("world", WorldConfig), ("model", Config)):
+        values = {name: chosen[name] for name in cls.__annotations__ if name in chosen}
+        about[part] = asdict(check(cls(**values)))
+    here = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
+    if given["device"] not in (None, *here):
+        raise BadInput(f"device = {given['device']}: must be one that is here: {', '.join(here)}")
+    about["device"] = given["device"] or here[0]
+    about["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__,
+                         "numpy": np.__version__}
+    world, splits = build_data(about)
+    if not given["start"]:  # a graph from a file has these settings, too
+        degree = int(np.bincount(world.facts[:, 0]).max())
+        about["world"].update(zip(GRAPH, (world.n_entities, world.n_relations, degree)))
+    return about, world, splits
+
+
+def begin_from(given):
+    """(the first entries of about, {setting: value}) that preset, start or data file bring."""
     if given["preset"] not in PRESETS:
         raise BadInput(f"preset = {given['preset']}: must be one of {', '.join(PRESETS)}")
     about = {"preset": given["preset"], "regime": given["regime"] or "natural"}
@@ -608,28 +601,12 @@ def describe(given):
     elif given["weights"] or given["new_facts"] or "new_facts" in chosen:
         raise BadInput("start = None: weights and new_facts need a run that is there, --start RUN")
     elif given["data"]:
-        about.update(describe_data(given))
-    chosen.update((name, value) for name, value in given.items() if value is not None)
-    for part, cls in (("world", WorldConfig), ("model", Config)):
-        values = {name: chosen[name] for name in cls.__annotations__ if name in chosen}
-        about[part] = asdict(check(cls(**values)))
-    about["device"] = pick_device(given["device"])
-    about["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__,
-                         "numpy": np.__version__}
-    world, splits = build_data(about)
-    if "data" in about and not given["start"]:
-        degree = int(np.bincount(world.facts[:, 0]).max())
-        about["world"].update(zip(GRAPH, (world.n_entities, world.n_relations, degree)))
-    return about, world, splits
-
-
-def describe_data(given):
-    """Entry "data" of a run on own facts; and "regime", if the file brings that, and the splits."""
-    whole = Path(given["data"]).suffix == ".npz"
-    brought = [*WorldConfig.__annotations__, "regime"] if whole else GRAPH
-    refuse(given, brought, "comes with --data")
-    about = {"data": {"path": given["data"], "sha256": digest(given["data"])}}
-    return {**about, "regime": read_data(given["data"])[2]} if whole else about
+        whole = Path(given["data"]).suffix == ".npz"  # brings its splits, too
+        brought = [*WorldConfig.__annotations__, "regime"] if whole else GRAPH
+        refuse(given, brought, "comes with --data")
+        about["data"] = {"path": given["data"], "sha256": digest(given["data"])}
+        about["regime"] = read_data(given["data"])[2] if whole else about["regime"]
+    return about, chosen
 
 
 def refuse(given, names, why):
@@ -644,8 +621,8 @@ def read_start(given):
     path, weights = Path(given["start"]), given["weights"] or "grokked"
     if weights not in (*WEIGHTS, "none"):
         raise BadInput(f"weights = {weights}: must be one of {', '.join(WEIGHTS)}, none")
-    brought = [name for name in WorldConfig.__annotations__ | Config.__annotations__ if name not in FREE]
-    refuse(given, [*brought, "regime", "data"], f"comes from {path}")
+    settings = *WorldConfig.__annotations__, *Config.__annotations__, "regime", "data"
+    refuse(given, [name for name in settings if name not in FREE], f"comes from {path}")
     start = read_config(path)
     if "data" in start:
         start["data"]["path"] = str(path / start["data"]["path"])
@@ -670,8 +647,7 @@ def main(argv=None):
         print_result(folder)
         return 0
     except KeyboardInterrupt:
-        print("grok.py: stopped; the same command goes on from the last evaluation",
-              file=sys.stderr)
+        print("grok.py: stopped; the same command goes on from last.pt", file=sys.stderr)
         return 130
     except (BadInput, OSError) as error:
         print(f"grok.py: {error}", file=sys.stderr)
@@ -710,13 +686,6 @@ def truth(text):
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def pick_device(name):
-    here = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
-    if name not in (None, *here):
-        raise BadInput(f"device = {name}: must be one that is here: {', '.join(here)}")
-    return name or here[0]
-
-
 def say(text):
     """Print, whatever characters the terminal or file can hold."""
     encoding = sys.stdout.encoding or "utf-8"
@@ -734,8 +703,7 @@ def say_progress(trainer):
 
 
 def first_step(history, level, split, lens=None):
-    """The first step at which the accuracy of a split, or its lens rate of that name, is at least
-    `level`; None if never."""
+    """First step with a split's accuracy, or its lens rate of that name, >= level, or None."""
     for line in history:
         share = (line["lens"].get(split, {}) if lens else line["accuracy"]).get(lens or split)
         if share is not None and share >= level:
@@ -753,8 +721,8 @@ def print_result(folder):
     say("  ".join(f"{name} {share:.3f}" for name, share in accuracy.items()))
     for what, (split, lens) in stages.items():
         steps = (first_step(history, level, split, lens) for level in (0.5, 0.9, 0.95, 0.99))
-        say(f"{what} >= .5, .9, .95, .99 at step "
-            + ", ".join("never" if step is None else str(step) for step in steps))
+        said = ", ".join(str(step or "never") for step in steps)
+        say(f"{what} >= .5, .9, .95, .99 at step {said}")
     say(f"{history[-1]['seconds']:.0f} seconds on {about['device']}; python analyze.py {folder} "
         "looks inside")
 

@@ -836,6 +836,10 @@ def test_foreign_settings_and_weights_are_refused(here, capsys):
         content = json.dumps({**about, part: {**about[part], **changes}})
         Path("run/config.json").write_text(content, encoding="utf-8")
         refuses([*SMOKE, "--out", "run"], "run/config.json", capsys)
+    for name in ("regime", "device", "world"):
+        content = json.dumps({key: value for key, value in about.items() if key != name})
+        Path("run/config.json").write_text(content, encoding="utf-8")
+        refuses([*SMOKE, "--out", "run"], "run/config.json", capsys)
     assert about["model"].pop("slots") == about["world"].pop("new_facts") == 0
     Path("run/config.json").write_text(json.dumps(about), encoding="utf-8")
     assert grok.main([*SMOKE, "--out", "run"]) == 0

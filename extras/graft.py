@@ -21,8 +21,7 @@ PARTS = {"embedding": ("embedding",), "head": ("head",), "mixing": ("blocks.0.mi
 def graft(run, donor, part, folder):
     """Write a copy of a run whose weights with names that begin so are the donor's."""
     shutil.copytree(run, folder, dirs_exist_ok=True)
-    own, other = (grok.read_checkpoint(path / "after.pt", ("step", "weights"))
-                  for path in (run, donor))
+    own, other = (grok.read_checkpoint(path / "after.pt", dict) for path in (run, donor))
     taken = {name: weight for name, weight in other["weights"].items() if name.startswith(part)}
     grok.write_checkpoint(folder / "after.pt", {**own, "weights": {**own["weights"], **taken}})
 

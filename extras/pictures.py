@@ -145,6 +145,21 @@ def seeds_of(groups):
     return f"{low} to {high} seeds" if low < high else f"{high} seed{'s' * (high > 1)}"
 
 
+# ---------------------------------------------------------------- one query in words
+def trace(model, world, query):
+    """Lines that follow one query (Queries of one row): the top-1 token at every site."""
+    names = [*world.entity_names, *world.relation_names, "_"]
+    tokens, _ = to_tokens(query, world, model.config.layout)
+    h, r1, r2 = (names[token] for token in tokens[0, :3])
+    b, t, top = names[query.b[0]], names[query.t[0]], logit_lens(model, tokens)[:, :, 0]
+    lines = [f"({h}, {r1}) is the bridge {b}, ({b}, {r2}) is {t}: top-1 token at each site",
+             f"{'loop':<6}{'part':<8}" + "".join(f"{p:<10}" for p in places(top.shape[2]))]
+    for loop, part in np.ndindex(*top.shape[:2]):
+        shown = "".join(f"{names[token]:<10}" for token in top[loop, part])
+        lines.append(f"{loop + 1:<6}{PARTS[part]:<8}{shown}")
+    return lines
+
+
 # ---------------------------------------------------------------- the task
 def box(axes, x, y, text, color="white", width=1.5, height=0.75, **style):
     """A box with text around the point (x, y)."""
