@@ -42,7 +42,8 @@ def logit_lens(model, tokens, first=None):
 def lens(model, tokens, bridges, answers, n_entities):
     """{part: {"bridge", "answer", "entity" (the bridge among the entities): lens_rates, and with
     "_chance" that of the query before, so the queries must come in random order}}."""
-    top, among, found = logit_lens(model, tokens), logit_lens(model, tokens, n_entities), {}
+    logits, found = model.unembed(values_of(model, tokens)), {}         # (n_loops, 2, N, T, V)
+    top, among = logits.argmax(-1), logits[..., :n_entities].argmax(-1)
     asked = {"bridge": (top, bridges), "entity": (among, bridges), "answer": (top, answers)}
     for i, part in enumerate(PARTS):
         found[part] = {}
@@ -69,8 +70,8 @@ def read(model, tokens, weights):
 
 
 def subspace(weights):
-    """Orthonormal basis (n_loops, 2, T, D, k) of the directions by which the probe's weights tell
-    entities apart; k is at most K - 1, for a constant added to all scores tells nothing."""
+    """Orthonormal basis (n_loops, 2, T, D, min(D, K)) of the directions by which a probe tells
+    entities apart; columns that tell nothing are 0, as a constant added to all scores."""
     scores = weights[..., :-1, :]                                       # without the constant
     basis, size, _ = torch.linalg.svd(scores - scores.mean(-1, keepdim=True), full_matrices=False)
     return basis * (size > 1e-4 * size.amax(-1, keepdim=True))[..., None, :]
@@ -95,9 +96,9 @@ def patch(model, tokens, new):
 
 
 def patch_map(model, tokens, new, predicted):
-    """Put the values `new` into the runs on tokens (N, T), one site at a time: {"n", "redirected",
-    "changed", "unchanged"}, maps of the share of answers that become the predicted one (N,),
-    another one, or stay. Without queries {"n": 0} alone."""
+    """Put the values `new` (n_loops, 2, N, T, D) into the runs on tokens (N, T), a site at a time:
+    {"n", "redirected", "changed", "unchanged"}, maps of the share of answers that become the
+    predicted one (N,), another one, or stay. Without queries {"n": 0} alone."""
     if len(tokens) == 0:
         return {"n": 0}
     usual, shares = predict(model, tokens), torch.zeros(3, *new.shape[:2], new.shape[3])
@@ -124,8 +125,8 @@ def visible(clean, donor, direction):
 
 
 def codes(model, tokens, bridges, n_entities):
-    """Each entity's mean value over the queries whose bridge it is, (n_loops, 2, E, T, D): all that
-    a site carries of the bridge and of nothing else, if what it carries adds up."""
+    """Each entity's mean value over the queries whose bridge it is, (n_loops, 2, E, T, D): the
+    difference of two moves the bridge and nothing else, if what a site carries adds up."""
     of = F.one_hot(bridges, n_entities).float()                         # (N, E)
     return torch.einsum("lpntd,ne->lpetd", values_of(model, tokens), of / of.sum(0).clamp(min=1))
 
@@ -199,8 +200,9 @@ def corrupt(model, world, clean, rng):
 # ---------------------------------------------------------------- inference paths of a run
 def inference_path(model, world, splits, n=500, most=2000):
     """{split: {"n", "lens", "probe", "translated", "patch"}} of ID and OOD queries.
-    Up to n random ones for lens and probe, which is fitted on up to `most` ID queries that nothing
-    else uses; up to n answered rightly for patching, with donors from up to `most` of the split."""
+    Up to n random ones for lens, probe and "translated", the lens on a linear map to the bridge's
+    unembedding vector; these two and the codes are fitted on up to `most` ID queries, not asked
+    again. Up to n answered rightly for patching, with donors from up to `most` of the split."""
     rng, E, paths = np.random.default_rng(0), world.n_entities, {}
     shuffled = {name: splits[name].take(rng.permutation(len(splits[name].h))) for name in EXAMINED}
     half = len(shuffled["test_id"].h) // 2
@@ -244,9 +246,11 @@ def patches(model, world, pool, other, basis, code, n):
              "across": other_r2(world, clean, other, rng),
              "other_r2": other_r2(world, clean, pool, rng)}
     for kind, (queries, donor, predicted) in whole.items():
-        tokens, ours, theirs = prepared(model, world, queries, donor)
+        tokens, _, theirs = prepared(model, world, queries, donor)
         maps[kind] = patch_map(model, tokens, theirs, torch.from_numpy(predicted))
-    # now parts of the last kind's values; the lens reads along the bridges' unembedding vectors
+    queries, donor, predicted = whole["other_r2"]                       # and parts of its values
+    tokens, ours, theirs = prepared(model, world, queries, donor)
+    # the lens reads along the bridges' unembedding vectors
     direction = model.vectors()[donor.b] - model.vectors()[queries.b]   # (N, D)
     parts = {"visible": visible(ours, theirs, direction), "inside": inside(ours, theirs, basis),
              "noise": noise(theirs), "outside": inside(theirs, ours, basis),
@@ -269,8 +273,9 @@ def map_at(found, kind, outcome="redirected"):
 
 
 def circuit(found, least=0.5):
-    """Where the bridge is used: (part, loop, position, share) of the site, states first, where
-    "other_r2" or "code" redirects most; ("spread", None, None, share) if that is below `least`."""
+    """Where the bridge is used: (part, loop, position, share) of the state where "other_r2" or
+    "code" redirects most; if that is below `least`, of what is mixed; then ("spread", None, None,
+    share)."""
     used = np.maximum(map_at(found, "other_r2"), map_at(found, "code"))
     for part in (1, 0):
         loop, position = np.unravel_index(used[:, part].argmax(), used[:, part].shape)

@@ -54,7 +54,7 @@ class BadInput(ValueError):
 class World:
     """A knowledge graph of E entities, R relations and F facts, which are sorted by head."""
     facts: np.ndarray   # (F, 3) int, rows (h, r, t)
-    is_ood: np.ndarray  # (F,) bool
+    is_ood: np.ndarray  # (F,) bool; with new facts these, not OOD ones
     index: np.ndarray   # (E, R) int, the number of the fact (h, r), -1 where there is none
     n_entities: int     # E
     n_relations: int    # R

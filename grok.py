@@ -6,7 +6,7 @@
 Paper: He et al., "Is Grokking Worthwhile?", arXiv 2601.09049. Words used throughout:
 
     B  queries in a batch            h, r1, r2  head entity and the two relations of a query
-    T  positions (3, or 4)           b, t       bridge entity; the answer
+    T  positions: 3 or 4, and slots  b, t       bridge entity; the answer
     D  width of the model            loop       one pass through the block
     V  tokens of the vocabulary      state      what a loop hands to the next, (B, T, D)
                                      mixed      what mixing found inside a loop, (B, T, D)
@@ -185,7 +185,8 @@ class LoopedTransformer(nn.Module):
         return self.unembed(self.read(state, tokens))
 
     def answer_position(self, tokens):
-        """(B,): the first blank, or in the causal layout the last token."""
+        """(B,): the first blank, or in the causal layout the last token. So a fact is answered at
+        the position of r2, or of r1."""
         return (tokens != self.blank).sum(1) - int(self.config.layout == "causal")
 
     def read(self, state, tokens):
@@ -321,7 +322,7 @@ class Trainer:
         rows = training_rows(splits, world, config.layout, device)
         self.tokens, self.answers, self.n_facts = rows
         self.exams = make_exams(splits, world, config.layout, device)
-        self.losses = torch.zeros(config.eval_every, device=device)
+        self.losses = []  # since the last evaluation
         self.began = time.perf_counter()
 
     def train_step(self):
@@ -338,7 +339,7 @@ class Trainer:
         decay = min(config.ema, (self.step + 1) / (self.step + 11))
         with torch.no_grad():
             torch._foreach_lerp_(self.averaged, self.weights, 1 - decay)
-        self.losses[self.step % config.eval_every] = loss.detach()
+        self.losses.append(loss.detach())
         self.step += 1
 
     def measure(self):
@@ -347,12 +348,13 @@ class Trainer:
         {"step", "loss": mean since the last line, "seconds", "accuracy": {split: share right},
          "lens": {split: {"any", "any_chance", "best", "best_chance", "answer_any"}}}
         Raises BadInput if a loss since the last line is not finite."""
-        last, every = self.history[-1]["step"] if self.history else 0, self.config.eval_every
-        losses = self.losses[last % every:(self.step - 1) % every + 1]
+        losses = torch.stack(self.losses)
         bad = (~torch.isfinite(losses)).nonzero()
         if len(bad):
-            raise BadInput(f"loss is not finite at step {last + 1 + int(bad[0])}: lower lr = "
-                           f"{self.config.lr:g}; the last good checkpoint is kept")
+            at = self.step - len(losses) + 1 + int(bad[0])
+            raise BadInput(f"loss is not finite at step {at}: lower lr = {self.config.lr:g}; the "
+                           "last good checkpoint is kept")
+        self.losses.clear()
         self.history.append({"step": self.step, "loss": losses.mean().item(),
                              "seconds": round(time.perf_counter() - self.began, 1),
                              **evaluate(self.average, self.exams)})
@@ -705,7 +707,8 @@ def say_progress(trainer):
 def first_step(history, level, split, lens=None):
     """First step with a split's accuracy, or its lens rate of that name, >= level, or None."""
     for line in history:
-        share = (line["lens"].get(split, {}) if lens else line["accuracy"]).get(lens or split)
+        rates = line["lens"].get(split, {}) if lens else line["accuracy"]
+        share = rates.get(lens or split)
         if share is not None and share >= level:
             return line["step"]
     return None
@@ -717,7 +720,7 @@ def print_result(folder):
     accuracy = history[-1]["accuracy"]
     asked = "test_ood" if "test_ood" in accuracy else "new_new"
     stages = {"training": ("train_inferred", None), f"{asked} answer": (asked, None),
-              f"{asked} bridge seen (any site)": (asked, "any")}
+              f"{asked} bridge seen (any state)": (asked, "any")}
     say("  ".join(f"{name} {share:.3f}" for name, share in accuracy.items()))
     for what, (split, lens) in stages.items():
         steps = (first_step(history, level, split, lens) for level in (0.5, 0.9, 0.95, 0.99))

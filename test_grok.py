@@ -691,7 +691,7 @@ def test_a_spoilt_loss_and_ctrl_c_keep_the_last_evaluation(status, said, here, m
     def spoilt(trainer):
         step(trainer)
         if trainer.step == 6:
-            trainer.losses[1] = math.nan
+            trainer.losses[1] = torch.tensor(math.nan)
             if status == 130:
                 raise KeyboardInterrupt
 

@@ -2,9 +2,10 @@
 
     python -m extras.graft ONE OTHER -o ROOT
 
-ONE and OTHER are run folders that differ in their seed, trained for no step to speak of, as
-`init/both_full/seed0` of extras/plan.txt. For each of PARTS, ONE with that part of OTHER's weights
-is trained as `small`, and OTHER with ONE's; into ROOT/graft/PART_of_2_in_0/seed0 and so on.
+ONE and OTHER are run folders that differ in their seed and hold their first weights, as those of
+draws/init in extras/plan.txt, which take one step of size 0. For each of PARTS, ONE with that
+part of OTHER's weights is trained for 2,000 steps, and OTHER with ONE's: ROOT/graft/PART_of_2_in_0
+and so on; their first weights go to ROOT/start.
 """
 import argparse
 import shutil

@@ -94,7 +94,7 @@ def label_ends(axes, ends, apart=0.13):
     for i, (height, label, color) in enumerate(ordered):
         low = max(low + apart, min(height, top + apart * i))
         axes.text(1.015, low, label, transform=axes.get_yaxis_transform(), fontsize=8.5,
-                  va="center", color="black" if color == ORANGE else color)
+                  va="center", color=color)
 
 
 def shares_up(axes, steps, log=True):
@@ -267,7 +267,7 @@ def regimes(groups):
         axes.set_title(NAMES[regime], fontsize=9.5)
     grid[-1].legend(handles=[
         Line2D([], [], color=GREY, ls="--", lw=1.6, label="training compositions"),
-        Line2D([], [], color=ORANGE, lw=1.6, label="bridge seen at any site, OOD"),
+        Line2D([], [], color=ORANGE, lw=1.6, label="bridge seen at any state, OOD"),
         Line2D([], [], color=ORANGE, lw=0.8, ls=":", label="the same by chance"),
         Line2D([], [], color=BLUE, lw=2.6, label="OOD answer")], loc="center", fontsize=8.5,
         frameon=False)
@@ -286,7 +286,7 @@ def shares_of(run, split):
     seen = lens[PARTS.index("state")]["bridge"]
     used = [map_at(found, kind).max() if found["patch"][kind]["n"] else None
             for kind in ("other_r2", "code")]
-    shares = {"answered": last(run, split), "seen at any site": seen["any"],
+    shares = {"answered": last(run, split), "seen at any state": seen["any"],
               "seen at one site": seen["best"],
               "seen among entities": largest(part["entity"]["best"] for part in lens),
               "present: a probe": largest(np.ravel(found["probe"])),

@@ -223,7 +223,7 @@ def test_seen_used_shows_each_seed_the_mean_and_the_paper(root):
     axes = figure.axes[REGIMES.index("second_full")]
     assert axes.get_title() == "second hop\nsupervised"
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    row = names.index("seen at any site")
+    row = names.index("seen at any state")
     dots = [line for line in lines_of(axes, pictures.BLUE)
             if abs(line.get_ydata()[0] - row) < 0.2]
     assert np.allclose(dots[0].get_xdata(), [0.8, 0.7])
