@@ -30,6 +30,12 @@ def test_the_verdicts_of_the_readme_are_those_of_the_shipped_files(groups):
         assert line in readme
 
 
+def test_the_readme_shows_what_the_shipped_run_printed(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    grok.print_result(Path("runs/shipped/tiny/natural/seed0"))
+    assert capsys.readouterr().out in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_what_the_readme_says_of_the_circuits_holds_in_every_regime(groups):
     """Grokked: in seeds 0 and 1 the bridge is the first entity, in seed 2 not; used in all."""
     for name, runs in tables.choose(groups, "small/").items():
