@@ -16,7 +16,8 @@ import grok
 from data import BadInput
 
 PARTS = {"embedding": ("embedding",), "head": ("head",), "mixing": ("blocks.0.mix.",),
-         "mlp": ("blocks.0.gate_up.", "blocks.0.down.")}
+         "mixing_positions": ("blocks.0.mix.gate_up.", "blocks.0.mix.down."),  # 192 numbers
+         "mixing_out": ("blocks.0.mix.out.",), "mlp": ("blocks.0.gate_up.", "blocks.0.down.")}
 
 
 def graft(run, donor, part, folder):
