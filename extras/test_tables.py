@@ -53,11 +53,10 @@ def test_what_the_readme_says_of_the_circuits_holds_in_every_regime(groups):
 def test_the_seed_decides_the_circuit_but_for_two_runs_of_seed_4(groups):
     head, *rows = tables.classes(groups)
     assert [row[0] for row in rows] == ["both_full", "both_half", "first_full", "second_full",
-                                        "natural", "other_world", "smaller_steps"]
+                                        "natural", "other_world"]
     usual = ["entity", "entity", "code", "entity", "entity", "code", "code", "entity"]
     odd = [(row[0], seed) for row in rows for seed in range(8) if row[1 + seed] != usual[seed]]
-    assert [run for run in odd if run[0] != "smaller_steps"] == [("both_half", 4),
-                                                                 ("first_full", 4)]
+    assert odd == [("both_half", 4), ("first_full", 4)]
 
 
 def test_each_circuit_has_its_own_row_and_every_seed_one(groups):
@@ -80,8 +79,11 @@ def test_the_first_weights_decide_the_circuit_whatever_is_drawn(groups):
 def test_of_the_first_weights_the_mixing_decides(groups):
     head, *rows = tables.grafts(tables.choose(groups, "graft/"))
     kinds = {part: cells for part, *cells in rows}
-    assert kinds["mixing"] == ["code", "entity"]                 # changed, both ways
-    assert kinds["embedding"] == kinds["head"] == kinds["mlp"] == ["entity", "code"]
+    assert kinds["mixing"] == kinds["mixing_positions"] == ["code", "entity"]  # both ways
+    for part in ("embedding", "head", "mixing_out", "mlp"):
+        assert kinds[part] == ["entity", "code"], part
+    mix = grok.load_run(SHIPPED / "small/both_full/seed0")[0].blocks[0].mix
+    assert mix.gate_up.weight.numel() + mix.down.weight.numel() == 192
 
 
 def test_the_rule_for_width_holds_at_a_size_that_it_was_not_fitted_on(groups):
