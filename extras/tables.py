@@ -475,8 +475,9 @@ def per_fact(groups):
 
 
 def growth(groups):
-    """Steps to fit and to OOD answers against the number of entities, and what a step takes. The
-    rule for the width D in small's conditions was fitted at 40 and 100 entities; 70 tests it."""
+    """Steps to fit and to OOD answers against the number of entities, and what a step takes,
+    beside other runs. The rule for the width D in small's conditions was fitted at 40 and 100
+    entities; 70 and 200 test it."""
     yield ["run", "entities", "D", "D by rule", "seeds", "steps", "ms a step", "training >= .99",
            "OOD answer >= .5", "OOD answer >= .95", "OOD answer"]
     for name, runs in sorted(groups.items(), key=entities):

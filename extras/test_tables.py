@@ -86,12 +86,13 @@ def test_of_the_first_weights_the_mixing_decides(groups):
     assert mix.gate_up.weight.numel() + mix.down.weight.numel() == 192
 
 
-def test_the_rule_for_width_holds_at_a_size_that_it_was_not_fitted_on(groups):
-    runs = groups["growth/small_70_both_full"]
-    assert len(runs) == 3
-    for run in runs:
-        assert abs(run.about["model"]["d_model"] - tables.width_for(70)) < 2
-        assert first_step(run.history, 0.95, "test_ood") <= 3000
+def test_the_rule_for_width_holds_at_sizes_that_it_was_not_fitted_on(groups):
+    for size, seeds, steps in ((70, 3, 3000), (200, 1, 16000)):
+        runs = groups[f"growth/small_{size}_both_full"]
+        assert len(runs) == seeds
+        for run in runs:
+            assert abs(run.about["model"]["d_model"] - tables.width_for(size)) < 2
+            assert first_step(run.history, 0.95, "test_ood") <= steps
 
 
 def test_the_papers_direction_comes_out_where_the_readme_says(groups):
