@@ -28,4 +28,5 @@ def test_each_start_has_one_part_of_the_donor_and_is_trained(tmp_path, monkeypat
             is_own, is_donors = (torch.equal(weight, weights(f)[name]) for f in (own, donor))
             assert is_own != is_donors
             changed += [name] if is_donors else []
-    assert sorted(changed) == sorted([*weights(one)] * 2)        # every weight once in either
+    for name in weights(one):                                    # as often as parts hold it
+        assert changed.count(name) == (4 if ".mix." in name else 2)
