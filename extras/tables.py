@@ -186,10 +186,11 @@ def count(words):
 def classes(groups):
     """Which circuit each seed has when the training is just fitted (ID queries): regime or seed?
     "entity": at one site the bridge is the first entity in half of them or more; "code": it is not,
-    but by code a swap redirects .4 or more. other_world: both_full with other facts. Last: how
-    many seeds, with the 95 % interval."""
+    but by code a swap redirects .4 or more. other_world: both_full with other facts; smaller_steps:
+    with lr .003 for .004. Last: how many seeds, with the 95 % interval."""
     yield ["runs", *(f"seed {seed}" for seed in range(8)), "first entity"]
-    for regime in ("both_full", "both_half", "first_full", "second_full", "natural", "other_world"):
+    for regime in ("both_full", "both_half", "first_full", "second_full", "natural", "other_world",
+                   "smaller_steps"):
         kinds = {run.about["model"]["seed"]: class_of(run) for run in runs_of(groups, regime)}
         fitted = [kind == "entity" for kind in kinds.values() if kind != "not fitted"]
         yield [regime, *(kinds.get(seed, "") for seed in range(8)), of_seeds(fitted)]
