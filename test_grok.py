@@ -67,7 +67,7 @@ def walks(world):
 
 def rows(split):
     """{(h, r1, r2): (b, t)} of Queries, which must not hold one twice."""
-    found = {(h, r1, r2): (b, t) for h, r1, r2, b, t in zip(*(c.tolist() for c in split))}
+    found = {(h, r1, r2): (b, t) for h, r1, r2, b, t in np.stack(split).T.tolist()}
     assert len(found) == len(split.h)
     return found
 
@@ -427,7 +427,7 @@ def test_train_step_is_adamw_with_warm_up_and_a_moving_average(warmup):
     config, model, generator = trainer.config, copy.deepcopy(trainer.model), torch.Generator()
     generator.manual_seed(5)
     weights, losses = [w.detach().clone() for w in model.parameters()], []
-    average, m, v = ([scale * w for w in weights] for scale in (1, 0, 0))
+    average, m, v = (list(torch._foreach_mul(weights, scale)) for scale in (1, 0, 0))
     for step in range(1, 9):
         drawn = draw(config, trainer.n_facts, len(trainer.tokens), generator)
         torch.nn.utils.vector_to_parameters(torch.cat([w.flatten() for w in weights]),

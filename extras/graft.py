@@ -12,6 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 import grok
 from data import BadInput
 
@@ -21,11 +23,21 @@ PARTS = {"embedding": ("embedding",), "head": ("head",), "mixing": ("blocks.0.mi
 
 
 def graft(run, donor, part, folder):
-    """Write a copy of a run whose weights with names that begin so are the donor's."""
-    shutil.copytree(run, folder, dirs_exist_ok=True)
+    """Write a copy of a run whose weights with names that begin so are the donor's. BadInput, and
+    nothing is written, if the folder holds anything else."""
     own, other = (grok.read_checkpoint(path / "after.pt", dict) for path in (run, donor))
     taken = {name: weight for name, weight in other["weights"].items() if name.startswith(part)}
-    grok.write_checkpoint(folder / "after.pt", {**own, "weights": {**own["weights"], **taken}})
+    weights, there = {**own["weights"], **taken}, folder / "after.pt"
+    if there.exists():
+        found = grok.read_checkpoint(there, lambda saved: saved["weights"])
+        if found.keys() != weights.keys() or not all(map(torch.equal, found.values(),
+                                                         weights.values())):
+            raise BadInput(f"{folder}: holds other first weights; choose another -o")
+    elif folder.exists() and grok.read_config(folder) != grok.read_config(run):
+        raise BadInput(f"{folder}: holds another run; choose another -o")
+    else:
+        shutil.copytree(run, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.pt"))
+        grok.write_checkpoint(there, {**own, "weights": weights})
 
 
 def train(run, donor, name, root):

@@ -135,7 +135,10 @@ def name_of(run):
 
 
 def steps_of(runs):
-    return [line["step"] for line in chain.from_iterable(run.history for run in runs)]
+    steps = []
+    for run in runs:
+        steps += [line["step"] for line in run.history]
+    return steps
 
 
 def seeds_of(groups):
@@ -356,8 +359,10 @@ CELLS = {"yes, yes": "both hops", "yes, no": "hop 1 alone", "no, yes": "hop 2 al
 
 def cells(groups):
     """{regime: runs with cells}: OOD answers by what was supervised, a dot a seed."""
-    rows = [(regime, cell) for regime, cell in product(groups, CELLS)
-            if sum(run.cells[cell]["n"] for run in groups[regime])]
+    rows = []
+    for regime, cell in product(groups, CELLS):
+        if any(run.cells[cell]["n"] for run in groups[regime]):
+            rows.append((regime, cell))
     figure = Figure((WIDTH, 0.42 * len(rows) + 1.3), layout="constrained")
     grid = figure.subplots(1, 2, sharey=True)
     for axes, title, end in zip(grid, ("all OOD queries", "both facts are known"), ("", "_known")):

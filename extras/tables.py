@@ -7,6 +7,7 @@ of the first evaluation at which something holds. Cells are means over seeds (le
 """
 import argparse
 import json
+import re
 import sys
 from collections import Counter, namedtuple
 from itertools import product
@@ -570,7 +571,12 @@ def more_verdicts(groups):
 def short_verdicts(groups):
     """The rows that the README begins with, as lines of Markdown."""
     rows = [*verdicts(groups)]
-    return [markdown(rows[i][:4]) for i in (1, 2, 3, 4, 9, 10, 11, 12)]
+    return [narrow(rows[i][:4]) for i in (1, 2, 3, 4, 9)]
+
+
+def narrow(row):
+    """A line of Markdown in which "1 to 2" is "1–2"."""
+    return re.sub(r"(\d) to (\d)", r"\1–\2", markdown(row))
 
 
 def end(runs, split, lens=None):
@@ -644,8 +650,8 @@ def extra_compositions(run):
 def worth_lines(groups):
     """The README's table, as lines of Markdown."""
     head, *rows = worth(groups)
-    chosen = [rows[i] for i in (0, 1, 3, 4, 5, 6)]
-    return [markdown(row) for row in (head, ["---"] * len(head), *chosen)]
+    chosen = [rows[i] for i in (0, 1, 3, 5, 6)]
+    return [narrow(row) for row in (head, ["---"] * len(head), *chosen)]
 
 
 # ---------------------------------------------------------------- the page

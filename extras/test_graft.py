@@ -30,3 +30,9 @@ def test_each_start_has_one_part_of_the_donor_and_is_trained(tmp_path, monkeypat
             changed += [name] if is_donors else []
     for name in weights(one):                                    # as often as parts hold it
         assert changed.count(name) == (4 if ".mix." in name else 2)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.pt")}
+    assert graft.main([str(one), str(other), "-o", str(tmp_path)]) == 0      # twice: the same
+    torch.save({"step": 1, "weights": weights(other)}, one / "after.pt")
+    files[one / "after.pt"] = (one / "after.pt").read_bytes()
+    assert graft.main([str(one), str(other), "-o", str(tmp_path)]) == 2      # others: refused
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("*.pt")}

@@ -110,9 +110,10 @@ def test_the_papers_direction_comes_out_where_the_readme_says(groups):
 def test_a_row_of_stages_worked_out_by_hand(groups):
     head, *rows = tables.stages({"tiny/natural": groups["tiny/natural"]})
     cell = dict(zip(head, rows[0]))
-    histories = [[json.loads(line) for line in (SHIPPED / f"tiny/natural/seed{seed}/metrics.jsonl")
-                  .read_text(encoding="utf-8").splitlines()] for seed in (0, 1, 2)]
-    fitted = []
+    histories, fitted = [], []
+    for seed in (0, 1, 2):
+        text = (SHIPPED / f"tiny/natural/seed{seed}/metrics.jsonl").read_text(encoding="utf-8")
+        histories.append([json.loads(line) for line in text.splitlines()])
     for history in histories:
         fitted.append(next(line["step"] for line in history
                            if line["accuracy"]["train_inferred"] >= 0.99))
