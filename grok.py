@@ -480,7 +480,10 @@ def is_done(folder, about):
             raise BadInput(f"{name} = {new[name]}: {folder} holds a run with {name} = {old[name]}; "
                            "choose another --out")
     ended = read_checkpoint(end, lambda saved: saved["step"]) if end.exists() else 0
-    can_go_on = not ended or (folder / "last.pt").exists()
+    last, lines = folder / "last.pt", folder / "metrics.jsonl"
+    if not ended and not last.exists() and lines.exists() and lines.read_bytes().count(b"\n") > 1:
+        raise BadInput(f"out = {folder}: holds a run without its weights; choose another --out")
+    can_go_on = not ended or last.exists()
     if new["steps"] < old["steps"] or ended < new["steps"] and not can_go_on:
         raise BadInput(f"steps = {new['steps']}: {folder} holds a run of {old['steps']}, which "
                        "can only go on, and only from its last.pt; choose another --out")

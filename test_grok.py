@@ -579,10 +579,11 @@ def test_the_same_seed_gives_the_same_metrics_and_a_seed_is_not_a_data_seed(tmp_
 
 
 def test_a_finished_run_is_read_only_and_more_steps_end_as_one_long_run(here, capsys):
-    """Shipped ones are without last.pt."""
+    """Shipped ones are without last.pt, or without weights."""
     more = [*SMOKE, "--steps", "200", "--out"]
-    shutil.copytree("run", "shipped")
-    Path("shipped/last.pt").unlink()
+    shutil.copytree("run", "bare", ignore=shutil.ignore_patterns("*.pt"))
+    refuses([*SMOKE, "--out", "bare"], "out = bare: holds a run without its weights", capsys)
+    shutil.copytree("run", "shipped", ignore=shutil.ignore_patterns("last.pt"))
     for name in ("run", "shipped"):
         before = tree(here)
         assert grok.main([*SMOKE, "--out", name]) == 0
