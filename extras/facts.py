@@ -17,7 +17,8 @@ question the two are of different donors with one bridge: decides the fact that 
 bridge   or decides the bridge that both came with?
 
 After fine-tuning on new facts, "mended" denoises: into wrong answers the value of an old
-composition with the right bridge is put. If that mends them, hop 1 had failed.
+composition with the right bridge is put. If that mends them, hop 1 had failed. And "asked_alone"
+asks where a probe that was fitted on old facts reads the answers of new ones.
 """
 import argparse
 import json
@@ -27,8 +28,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from analyze import (codes, means, other_r2, pairs, patch, patch_map, pick_donors, prepared,
-                     predict, right_only, tail, values_of)
+from analyze import (codes, fit, means, other_r2, pairs, patch, patch_map, pick_donors, prepared,
+                     predict, read, right_only, tail, values_of)
 from data import BadInput
 from grok import load_run, say, to_tokens, WEIGHTS, write_file
 
@@ -102,13 +103,39 @@ def mended(model, world, asked, old, n=500):
     return {"n": found["n"], "share": float(np.max(found["redirected"])) if found["n"] else None}
 
 
+def asked_alone(model, world, splits):
+    """Where does the answer of a fact asked alone stand? A probe is fitted on half of the old facts.
+
+    {"old" (the other half), "new": maps (n_loops, 2, T) of the share of answers that it reads;
+     "n": compositions of new + old, "right": share of them answered, each [where it reads the new
+     fact in what the last loop mixed at the answer position, where it does not]}
+    """
+    old, new, layout = splits["kept_atomic"], splits["new_atomic"], model.config.layout
+    old = old.take(np.random.default_rng(0).permutation(len(old.h)))
+    fitted, held = old.take(slice(len(old.h) // 2)), old.take(slice(len(old.h) // 2, None))
+    tokens, answers = to_tokens(fitted, world, layout)
+    weights, place = fit(model, tokens, torch.eye(world.n_entities)[answers]), {}
+    for name, some in (("old", held), ("new", new)):
+        tokens, answers = to_tokens(some, world, layout)
+        place[name] = read(model, tokens, weights).argmax(-1) == answers        # (..., T, N)
+    early = place["new"][-1, 0, model.answer_position(tokens)[0]].numpy()       # (N,)
+    asked = splits["new_old"]
+    tokens, answers = to_tokens(asked, world, layout)
+    right = (predict(model, tokens) == answers).numpy()
+    number = np.searchsorted(world.index[new.h, new.r1], world.index[asked.h, asked.r1])
+    groups = right[early[number]], right[~early[number]]
+    return {**{name: means(shown) for name, shown in place.items()},
+            "n": [len(some) for some in groups], "right": [means(some) for some in groups]}
+
+
 def measure(model, world, splits):
     """Everything that facts.json holds of one stage of a run."""
     some = {name: asked.take(np.random.default_rng(0).permutation(len(asked.h))[:2000])
             for name, asked in splits.items()}
     if "new_old" in splits:
         return {"mended": {kind: mended(model, world, some[kind], some["train_inferred"])
-                           for kind in ("new_old", "old_new")}}
+                           for kind in ("new_old", "old_new")},
+                "asked_alone": asked_alone(model, world, splits)}
     parts = [splits[name] for name in ("id_atomic", "ood_atomic")]
     facts = type(parts[0])(*map(np.concatenate, zip(*parts)))
     asked = right_only(model, world, splits["test_id"])

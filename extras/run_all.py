@@ -7,7 +7,7 @@
 A line of the plan is a name and options of grok.py: `small/natural  --preset small`. It is trained
 for seeds 0, 1, 2 into ROOT/small/natural/seed0 and so on. `--start NAME` in a line means the run of
 that name and seed, `--start NAME/seed5` that one for every seed; it comes first. `seeds=8` at the
-end of a line are seeds 0 to 7, `seeds=3-7` these five.
+end of a line are seeds 0 to 7, `seeds=3-7` these five, `seeds=4,6` these two.
 """
 import argparse
 import fnmatch
@@ -39,7 +39,7 @@ or, as a task of an array job:  sed -n "${SLURM_ARRAY_TASK_ID}p" all.txt | sh
 
 
 def read_plan(path, usual):
-    """{name: (options but --start, its name or None, range of seeds)}, in the file's order."""
+    """{name: (options but --start, its name or None, its seeds)}, in the file's order."""
     plan = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip() and not line.strip().startswith("#"):
@@ -58,13 +58,12 @@ def read_options(name, options, above, usual):
     text = str(usual)
     if options and options[-1].startswith("seeds="):
         text = options.pop().removeprefix("seeds=")
-    least, dash, most = text.partition("-")
-    seeds = range(int(least), int(most) + 1) if dash else range(int(text))
+    seeds = read_seeds(text)
     given = grok.parse(options)  # a wrong option is found before anything is trained
     start = given["start"]
     grok.refuse(given, ("seed", "out"), "each run gets its own")
     if not seeds:
-        raise BadInput(f"seeds = {text}: must be 1 or more, or a range like 3-7")
+        raise BadInput(f"seeds = {text}: must be 1 or more, or like 3-7, or like 4,6")
     for seed in seeds if start else ():
         source, _, number = run_of(start, seed).rpartition("/seed")
         if source not in above or int(number) not in above[source][2]:
@@ -72,6 +71,14 @@ def read_options(name, options, above, usual):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--start")
     return parser.parse_known_args(options)[1], start, seeds
+
+
+def read_seeds(text):
+    """The seeds that "8", "3-7" or "4,6" names."""
+    least, dash, most = text.partition("-")
+    if dash:
+        return range(int(least), int(most) + 1)
+    return [int(seed) for seed in text.split(",")] if "," in text else range(int(text))
 
 
 def run_of(start, seed):
@@ -160,6 +167,15 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def print_all(lines):
+    """Print them; 0, also if whoever reads, as `head` does, stops before the end."""
+    try:
+        grok.say("\n".join(lines))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to flush
+    return 0
+
+
 def main(argv=None):
     """Run the command line; returns the worst exit status of all runs, 2 for bad input, and
     128 + the signal's number when a signal ended it."""
@@ -181,9 +197,7 @@ def main(argv=None):
         return 2
     runs = every_run(chosen, given.root)
     if given.list:
-        for options, _ in runs.values():
-            grok.say(shlex.join(["python", "grok.py", *options]))
-        return 0
+        return print_all(shlex.join(["python", "grok.py", *line]) for line, _ in runs.values())
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it

@@ -20,7 +20,8 @@ import analyze
 from analyze import circuit, EXAMINED, map_at, places, predict
 from data import BadInput, queries
 from extras.graft import PARTS
-from grok import build_data, first_step, load_run, read_run, say, to_tokens, WEIGHTS, write_file
+from grok import (build_data, first_step, LENGTH, load_run, read_run, say, to_tokens, WEIGHTS,
+                  write_file)
 
 Run = namedtuple("Run", "folder about history paths cells")  # paths, cells: None if not measured
 LEVELS = (0.5, 0.9, 0.95)
@@ -187,14 +188,21 @@ def count(words):
 def classes(groups):
     """Which circuit each seed has when the training is just fitted (ID queries): regime or seed?
     "entity": at one site the bridge is the first entity in half of them or more; "code": it is not,
-    but by code a swap redirects .4 or more. other_world: both_full with other facts; smaller_steps:
-    with lr .003 for .004. Last: how many seeds, with the 95 % interval."""
+    but by code a swap redirects .4 or more; "neither". "Then": what it is at the end, if that is
+    another, half as long after the fit or later (not asked of the last two rows). other_world:
+    both_full with other facts; smaller_steps: with lr .003 for .004. Last: how many seeds at the
+    fit, with the 95 % interval."""
     yield ["runs", *(f"seed {seed}" for seed in range(8)), "first entity"]
     for regime in ("both_full", "both_half", "first_full", "second_full", "natural", "other_world",
                    "smaller_steps"):
-        kinds = {run.about["model"]["seed"]: class_of(run) for run in runs_of(groups, regime)}
-        fitted = [kind == "entity" for kind in kinds.values() if kind != "not fitted"]
-        yield [regime, *(kinds.get(seed, "") for seed in range(8)), of_seeds(fitted)]
+        words, fitted = {}, []
+        for run in runs_of(groups, regime):
+            kind, last = class_of(run), class_of(run, "grokked")
+            moved = last not in (kind, "not fitted")
+            words[run.about["model"]["seed"]] = f"{kind}, then {last}" if moved else kind
+            if kind != "not fitted":
+                fitted.append(kind == "entity")
+        yield [regime, *(words.get(seed, "") for seed in range(8)), of_seeds(fitted)]
 
 
 def by_class(groups):
@@ -239,12 +247,12 @@ def grafts(groups):
             yield [part, *(class_of(runs[0]) for runs in pair)]
 
 
-def class_of(run):
+def class_of(run, stage="before"):
     """"entity": the bridge is the lens's first entity at one site; "code": it is not, but its code
-    redirects; "neither"; or "not fitted"."""
-    if "before" not in (run.paths or {}):
+    redirects; "neither"; or "not fitted", if the run was not opened at this stage."""
+    if stage not in (run.paths or {}):
         return "not fitted"
-    found = run.paths["before"]["test_id"]
+    found = run.paths[stage]["test_id"]
     if entity_seen(found) >= 0.5:
         return "entity"
     return "code" if map_at(found, "code").max() >= 0.4 else "neither"
@@ -413,6 +421,25 @@ def pair_cells(found):
     return [spread(column) for column in zip(*shares)] or ["", ""]
 
 
+def new_by_class(groups):
+    """Does the circuit decide what new facts serve? `tune` from the weights of each seed; the class
+    is that at the fit. Grokked: after 3,000 steps, of seeds 3 to 7 half as long after the fit or
+    later."""
+    yield ["start", "circuit", "seeds", "new + old", "old + new", "new + new"]
+    for regime, stage, kinds in (("natural", "before", ("small", "classes")),
+                                 ("both_full", "grokked", ("small", "classes", "late")),
+                                 ("second_full", "grokked", ("small", "classes", "late"))):
+        classes_of = {run.about["model"]["seed"]: class_of(run) for run in runs_of(groups, regime)}
+        runs = []
+        for kind in kinds:
+            name = f"tune/{kind}_{regime}"
+            runs += groups.get(f"{name}_{stage}", groups.get(name, []))
+        for word in ("entity", "code"):
+            some = [run for run in runs if classes_of[run.about["model"]["seed"]] == word]
+            yield [f"{regime}, {stage}", word, len(some),
+                   *(end(some, split) for split in ("new_old", "old_new", "new_new"))]
+
+
 def failing(groups):
     """Which hop fails? Wrong answers that an old value with the right bridge mends (Finding 3)."""
     yield ["run", "seeds", "new + old", "wrong ones", "of these mended", "old + new", "wrong ones",
@@ -426,6 +453,26 @@ def failing(groups):
                       spread([part["share"] for part in found if part["n"]])]
         if any(measured):
             yield [name, len(runs), *cells]
+
+
+def written(groups):
+    """Where the answer of a fact asked alone stands in the last loop, at the position that answers:
+    a probe fitted on half of the old facts. A composition must find hop 1 in what is mixed. Last:
+    new + old, where the new fact is read in what is mixed, and where not."""
+    yield ["run", "seeds", "old fact in mixed", "new fact in mixed", "new fact in the state",
+           "new + old", "if in mixed", "if not"]
+    for name, runs in groups.items():
+        measured = [read_json(run.folder / "facts.json") for run in runs]
+        found = [maps["grokked"].get("asked_alone") for maps in measured if maps]
+        if found and all(found):
+            at = LENGTH[runs[0].about["model"]["layout"]] - 2
+            row = [name, len(runs)]
+            for kind, part in (("old", 0), ("new", 0), ("new", 1)):
+                row.append(spread([maps[kind][-1][part][at] for maps in found]))
+            row.append(end(runs, "new_old"))
+            for i in (0, 1):
+                row.append(spread([maps["right"][i] for maps in found]))
+            yield row
 
 
 def strongest(found, kind):
@@ -469,11 +516,15 @@ def dial_row(runs):
 
 
 def per_fact(groups):
-    """How many compositions a new fact needs as each hop: k trained for each, at both hops."""
-    yield ["k", "new + old", "old + new", "new + new"]
-    for k in (0, 1, 2, 4, 8):
-        runs = groups["tune/small_natural_grokked" + (f"_k{k}" if k else "")]
-        yield [k, *(end(runs, split) for split in ("new_old", "old_new", "new_new"))]
+    """How many compositions a new fact needs as each hop: k trained for each, at both hops. At
+    8 no new + old is left to ask: with a fifth of the old facts kept, a new one has no more."""
+    yield ["k", "steps", "new + old", "old + new", "new + new"]
+    for length in ("small", "flat"):
+        for k in (0, 1, 2, 4, 8):
+            runs = groups.get(f"tune/{length}_natural_grokked" + (f"_k{k}" if k else ""))
+            if runs:
+                yield [k, runs[0].history[-1]["step"],
+                       *(end(runs, split) for split in ("new_old", "old_new", "new_new"))]
 
 
 def growth(groups):
@@ -684,9 +735,11 @@ def page(root):
         "The dials": (dials, choose(groups, "dial/", "tune/dial_", "small/second_full",
                                     "tune/small_second_full_grokked")),
         "New facts (Finding 3)": (tuned, choose(groups, "tune/")),
+        "New facts, the two circuits apart (Finding 3)": (new_by_class, groups),
         "Where a fact is looked up (Finding 3)": (lookups, choose(groups, "small/", "dial/",
                                                                   "tune/")),
         "Which hop fails? (Finding 3)": (failing, choose(groups, "tune/")),
+        "Where a new fact is written (Finding 3)": (written, choose(groups, "tune/")),
         "How many compositions a new fact needs (Finding 3)": (per_fact, groups),
         "Is it worthwhile?": (worth, groups),
         "Larger worlds": (growth, choose(groups, "growth/", "tiny/natural", "small/both_full"))}

@@ -119,6 +119,15 @@ def tagged(cell, tag):
     return tag in cell.metadata.get("tags", ())
 
 
+def kinds(cell):
+    """What else than printed lines a cell gives: text, picture, table."""
+    found = []
+    for out in cell.outputs:
+        if out.get("name") != "stdout":
+            found.append(sorted(out.get("data", [out.get("name")])))
+    return found
+
+
 def printed(cell):
     """What a cell printed or showed as text, without pictures."""
     shown = [out.get("text") or out["data"].get("text/markdown", "") for out in cell.outputs
@@ -179,9 +188,7 @@ def test_the_copy_runs_and_shows_what_is_committed(executed):
     fresh = [cell for cell in executed if not tagged(cell, "added")]
     assert [cell.source for cell in fresh] == [cell.source for cell in CODE]
     for cell, committed in zip(fresh, CODE):
-        kinds = [[sorted(out.get("data", [out.get("name")])) for out in one.outputs
-                  if out.get("name") != "stdout"] for one in (cell, committed)]
-        assert kinds[0] == kinds[1], cell.source                 # pictures where pictures were
+        assert kinds(cell) == kinds(committed), cell.source      # pictures where pictures were
         if not tagged(cell, "varies"):
             (words, numbers), (other, wanted) = map(apart, (printed(cell), printed(committed)))
             assert words == other, cell.source
@@ -193,8 +200,9 @@ def test_stubs_and_wrong_answers_fail_and_right_ones_pass(executed):
     assert 8 <= len(checks) == len(WRONG) == len(RIGHT) <= 10
     for cell in checks:                                          # the stub
         assert printed(cell).startswith("not yet: "), cell.source
+    sources = {cell.source for cell in checks}
     answers = [pair for pair in zip(executed, executed[1:]) if tagged(pair[1], "added")
-               and tagged(pair[0], "added") and pair[1].source in {c.source for c in checks}]
+               and tagged(pair[0], "added") and pair[1].source in sources]
     assert len(answers) == sum(map(len, [*WRONG.values(), *RIGHT.values()])) + len(checks)
     for answer, check in answers:
         verdict = printed(check).split("\n")[0]

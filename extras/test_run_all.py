@@ -162,7 +162,7 @@ def test_signals_are_as_before_when_a_list_is_trained(tmp_path, stand_in):
 # ---------------------------------------------------------------- list, plan, processors
 def test_list_prints_a_plain_command_a_run_and_writes_nothing(tmp_path, capsys):
     argv = write_plan(tmp_path, "a --lr 1e-3 seeds=2\nb/c --start a --steps 7 seeds=1\nd\n"
-                                "e --start a/seed1 seeds=3-4\n")
+                                "e --start a/seed1 seeds=3-4\nf seeds=4,6\n")
     root = tmp_path / "runs"
     assert run_all.main([*argv, "--list", "--seeds", "1"]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -171,7 +171,9 @@ def test_list_prints_a_plain_command_a_run_and_writes_nothing(tmp_path, capsys):
         f"python grok.py --steps 7 --start {root}/a/seed0 --seed 0 --out {root}/b/c/seed0",
         f"python grok.py --seed 0 --out {root}/d/seed0",
         f"python grok.py --start {root}/a/seed1 --seed 3 --out {root}/e/seed3",
-        f"python grok.py --start {root}/a/seed1 --seed 4 --out {root}/e/seed4"]
+        f"python grok.py --start {root}/a/seed1 --seed 4 --out {root}/e/seed4",
+        f"python grok.py --seed 4 --out {root}/f/seed4",
+        f"python grok.py --seed 6 --out {root}/f/seed6"]
     assert not root.exists()
 
 

@@ -196,3 +196,23 @@ def test_growth_is_in_the_order_of_size(groups):
     row = next(row for row in rows if row[0] == "growth/100")
     column = head.index("training >= .99")
     assert str(first_step(run.history, 0.99, "train_inferred")) in row[column]
+
+
+def test_new_facts_serve_as_hop_1_where_they_are_written_in_time(groups):
+    head, *rows = tables.written(tables.choose(groups, "tune/"))
+    rows = {row[0].removeprefix("tune/"): row for row in rows}
+    grokked = [value.split()[0] for value in rows["small_natural_grokked"][-2:]]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert "serve {} of their compositions, others {} ".format(*grokked) in readme
+    mean = {name: [float(cell.split()[0]) for cell in row[2:]] for name, row in rows.items()}
+    for name in ("small_natural_before", "small_natural_grokked", "flat_natural_before_all",
+                 "flat_natural_grokked_all"):
+        old, new, state, _, in_time, late = mean[name]
+        assert old > 0.5 > new - 0.01 and state > 0.9 and in_time > 0.8 > 0.55 > late, name
+    assert mean["flat_scratch_all"][1] > 0.8
+    overtakes = []
+    for scratch, grokked in zip(groups["tune/flat_scratch_all"],
+                                groups["tune/flat_natural_grokked_all"]):
+        overtakes.append(all(tables.last(scratch, kind) > tables.last(grokked, kind)
+                             for kind in ("new_old", "old_new", "new_new")))
+    assert sorted(overtakes) == [False, True, True]
