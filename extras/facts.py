@@ -13,8 +13,8 @@ hop2     in a composition, with the answer's code: does the answer become t'?
 Where alone and hop1 are both high, a fact that is only ever asked alone can serve as hop 1; where
 alone and hop2 are, as hop 2. And when is hop 1 looked up? "pair" swaps the states at h and r1:
 
-question the two are of different donors with one bridge: decides the fact that they ask together?
-bridge   or decides the bridge that both came with?
+question donors A (for h) and B (for r1) share a bridge: does the fact (h of A, r1 of B) decide?
+bridge   or does the bridge that both came with?
 
 After fine-tuning on new facts, "mended" denoises: into wrong answers the value of an old
 composition with the right bridge is put. If that mends them, hop 1 had failed. And "asked_alone"
@@ -92,15 +92,19 @@ def pair_swap(model, world, clean, at_h, at_r1):
 
 
 def mended(model, world, asked, old, n=500):
-    """{"n", "share"}: how many answers of `asked` are wrong, and what share of these the best site
-    mends, when it gets an old composition's value with the same bridge and another r2."""
+    """{"n", "share", "mixed"}: how many wrong answers of `asked` were tried, n at most, and what
+    share of these the best site mends, the best in what is mixed at r2, when it gets an old
+    composition's value with the same bridge and another r2."""
     rng, tokens = np.random.default_rng(0), to_tokens(asked, world, model.config.layout)[0]
     wrong = asked.take((predict(model, tokens).numpy() != asked.t)).take(slice(n))
     c, d = pairs(wrong, old)
     clean, donor = pick_donors(wrong, old, (c.b == d.b) & (c.r2 != d.r2), rng)
     tokens, _, theirs = prepared(model, world, clean, donor)
     found = patch_map(model, tokens, theirs, torch.from_numpy(clean.t))
-    return {"n": found["n"], "share": float(np.max(found["redirected"])) if found["n"] else None}
+    if not found["n"]:
+        return {"n": 0, "share": None, "mixed": None}
+    shares = np.array(found["redirected"])                              # (n_loops, 2, T)
+    return {"n": found["n"], "share": float(shares.max()), "mixed": float(shares[:, 0, 2].max())}
 
 
 def asked_alone(model, world, splits):

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections import Counter, namedtuple
-from itertools import product
+from itertools import chain, product
 from operator import attrgetter
 from pathlib import Path
 
@@ -422,28 +422,32 @@ def pair_cells(found):
 
 
 def new_by_class(groups):
-    """Does the circuit decide what new facts serve? `tune` from the weights of each seed; the class
+    """Does the circuit decide what new facts serve? Fine-tuned from each seed's weights; the class
     is that at the fit. Grokked: after 3,000 steps, of seeds 3 to 7 half as long after the fit or
-    later."""
+    later. k: compositions trained for each new fact and hop, 2,000 steps."""
+    starts = {  # its regime, the runs
+        "natural, before": ("natural", "small_natural_before", "classes_natural_before"),
+        "both_full, grokked": ("both_full", "small_both_full_grokked", "classes_both_full",
+                               "late_both_full"),
+        "second_full, grokked": ("second_full", "small_second_full_grokked", "classes_second_full",
+                                 "late_second_full"),
+        "natural, grokked, k = 4": ("natural", "flat_natural_grokked_k4")}
     yield ["start", "circuit", "seeds", "new + old", "old + new", "new + new"]
-    for regime, stage, kinds in (("natural", "before", ("small", "classes")),
-                                 ("both_full", "grokked", ("small", "classes", "late")),
-                                 ("second_full", "grokked", ("small", "classes", "late"))):
-        classes_of = {run.about["model"]["seed"]: class_of(run) for run in runs_of(groups, regime)}
-        runs = []
-        for kind in kinds:
-            name = f"tune/{kind}_{regime}"
-            runs += groups.get(f"{name}_{stage}", groups.get(name, []))
+    for start, (regime, *names) in starts.items():
+        kinds = {run.about["model"]["seed"]: class_of(run) for run in runs_of(groups, regime)}
+        runs = chain.from_iterable(groups.get(f"tune/{name}", []) for name in names)
+        runs = [(kinds.get(run.about["model"]["seed"]), run) for run in runs]
         for word in ("entity", "code"):
-            some = [run for run in runs if classes_of[run.about["model"]["seed"]] == word]
-            yield [f"{regime}, {stage}", word, len(some),
+            some = [run for kind, run in runs if kind == word]
+            yield [start, word, len(some),
                    *(end(some, split) for split in ("new_old", "old_new", "new_new"))]
 
 
 def failing(groups):
-    """Which hop fails? Wrong answers that an old value with the right bridge mends (Finding 3)."""
-    yield ["run", "seeds", "new + old", "wrong ones", "of these mended", "old + new", "wrong ones",
-           "of these mended"]
+    """Which hop fails? Of up to 500 wrong answers a seed, those that an old value with the right
+    bridge mends, at the best site (Finding 3)."""
+    yield ["run", "seeds", "new + old", "wrong, tried", "of these mended", "old + new",
+           "wrong, tried", "of these mended"]
     for name, runs in groups.items():
         measured = [read_json(run.folder / "facts.json") for run in runs]
         cells = []
@@ -456,23 +460,26 @@ def failing(groups):
 
 
 def written(groups):
-    """Where the answer of a fact asked alone stands in the last loop, at the position that answers:
-    a probe fitted on half of the old facts. A composition must find hop 1 in what is mixed. Last:
-    new + old, where the new fact is read in what is mixed, and where not."""
-    yield ["run", "seeds", "old fact in mixed", "new fact in mixed", "new fact in the state",
-           "new + old", "if in mixed", "if not"]
+    """Where the answer of a fact asked alone stands in the last loop, at the position that answers,
+    by a probe fitted on half of the old facts. A composition takes hop 1 from what is mixed, one
+    loop earlier. New + old: all; where the probe reads the new fact in what is mixed; where not;
+    last, wrong ones mended by the right bridge put into what is mixed at r2. _all: all old facts
+    kept, else .21."""
+    yield ["run", "seeds", "steps", "old fact in mixed", "new fact in mixed",
+           "new fact in the state", "new + old", "if in mixed", "if not", "mended there"]
     for name, runs in groups.items():
         measured = [read_json(run.folder / "facts.json") for run in runs]
         found = [maps["grokked"].get("asked_alone") for maps in measured if maps]
         if found and all(found):
             at = LENGTH[runs[0].about["model"]["layout"]] - 2
-            row = [name, len(runs)]
+            row = [name, len(runs), runs[0].history[-1]["step"]]
             for kind, part in (("old", 0), ("new", 0), ("new", 1)):
                 row.append(spread([maps[kind][-1][part][at] for maps in found]))
             row.append(end(runs, "new_old"))
             for i in (0, 1):
                 row.append(spread([maps["right"][i] for maps in found]))
-            yield row
+            tried = [maps["grokked"]["mended"]["new_old"] for maps in measured]
+            yield [*row, spread([part["mixed"] for part in tried if part["n"]])]
 
 
 def strongest(found, kind):

@@ -55,10 +55,33 @@ def test_the_seed_decides_the_circuit_but_for_two_runs_of_seed_4(groups):
     assert [row[0] for row in rows] == ["both_full", "both_half", "first_full", "second_full",
                                         "natural", "other_world", "smaller_steps"]
     usual = ["entity", "entity", "code", "entity", "entity", "code", "code", "entity"]
-    odd = []
-    for row in rows:
-        odd += [(row[0], i) for i in range(8) if row[1 + i] not in ("", usual[i])]
-    assert odd == [("both_half", 4), ("first_full", 4)]
+    odd = {}
+    for name, *words in rows:
+        odd.update(((name, i), words[i]) for i in range(8) if words[i] not in ("", usual[i]))
+    assert odd == {("both_half", 4): "code", ("first_full", 4): "code, then entity",
+                   ("natural", 6): "code, then neither"}
+
+
+def test_every_run_of_the_classes_goes_half_as_long_after_the_fit_and_is_opened_twice(groups):
+    opened = 0
+    for regime in ("both_full", "both_half", "first_full", "second_full", "natural"):
+        for run in tables.runs_of(groups, regime):
+            fit = first_step(run.history, 0.99, "train_inferred")
+            assert run.history[-1]["step"] >= 1.5 * fit, run.folder
+            assert list(run.paths) == ["before", "grokked"], run.folder
+            opened += 1
+    assert opened == 40
+
+
+def test_a_circuit_that_the_lens_sees_takes_in_new_facts_more_easily(groups):
+    head, *rows = tables.new_by_class(groups)
+    assert [row[2] for row in rows] == [5, 3] * 3 + [2, 1]
+    for one, other in zip(rows[::2], rows[1::2]):
+        for i in (3, 4, 5):
+            assert float(one[i].split()[0]) >= float(other[i].split()[0]), (one[0], head[i])
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    ends = [row[-1].split()[0] for row in rows[-2:]]
+    assert "chains two new facts ({}), the other not ({}).".format(*ends) in readme
 
 
 def test_each_circuit_has_its_own_row_and_every_seed_one(groups):
@@ -203,7 +226,7 @@ def test_new_facts_serve_as_hop_1_where_they_are_written_in_time(groups):
     rows = {row[0].removeprefix("tune/"): row for row in rows}
     grokked = [value.split()[0] for value in rows["small_natural_grokked"][-2:]]
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert "serve {} of their compositions, others {} ".format(*grokked) in readme
+    assert "serve {} of their compositions, others {}.".format(*grokked) in readme
     mean = {name: [float(cell.split()[0]) for cell in row[2:]] for name, row in rows.items()}
     for name in ("small_natural_before", "small_natural_grokked", "flat_natural_before_all",
                  "flat_natural_grokked_all"):
