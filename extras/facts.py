@@ -157,6 +157,8 @@ def main(argv=None):
             for stage, file in WEIGHTS.items():
                 if (folder / file).exists():
                     found[stage] = measure(*load_run(folder, stage))
+            if not found:
+                raise BadInput(f"{folder}: holds no weights")
             write_file(folder / "facts.json", json.dumps(found).encode())
             say(f"{folder}: " + ", ".join(found))
     except (BadInput, OSError) as error:

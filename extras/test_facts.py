@@ -32,6 +32,10 @@ def test_the_command_writes_facts_of_every_weights(tmp_path):
     assert list(found) == ["before", "grokked"]
     for stage in found.values():
         assert set(stage) == {"alone", "hop1", "hop2", "pair"} and len(stage["pair"]["one"]) == 3
+    for name in grok.WEIGHTS.values():
+        (run / name).unlink()
+    assert facts.main([str(run)]) == 2                  # as a shipped run without its weights
+    assert json.loads((run / "facts.json").read_text(encoding="utf-8")) == found
 
 
 class Written:

@@ -81,7 +81,7 @@ def test_a_circuit_that_the_lens_sees_takes_in_new_facts_more_easily(groups):
             assert float(one[i].split()[0]) >= float(other[i].split()[0]), (one[0], head[i])
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     ends = [row[-1].split()[0] for row in rows[-2:]]
-    assert "chains two new facts ({}), the other not ({}).".format(*ends) in readme
+    assert "chains two new facts ({}, two seeds), the other not ({}, one).".format(*ends) in readme
 
 
 def test_each_circuit_has_its_own_row_and_every_seed_one(groups):
@@ -226,8 +226,11 @@ def test_new_facts_serve_as_hop_1_where_they_are_written_in_time(groups):
     rows = {row[0].removeprefix("tune/"): row for row in rows}
     grokked = [value.split()[0] for value in rows["small_natural_grokked"][-3:-1]]
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert "serve {} of their compositions, others {}.".format(*grokked) in readme
-    mean = {name: [float(cell.split()[0]) for cell in row[3:]] for name, row in rows.items()}
+    said = "serve {} of their compositions, others {} (grokked, three seeds).".format(*grokked)
+    assert said in readme
+    mean = {}
+    for name, row in rows.items():
+        mean[name] = [float(cell.split()[0]) for cell in row[3:]]
     for name in ("small_natural_before", "small_natural_grokked", "flat_natural_before_all",
                  "flat_natural_grokked_all"):
         old, new, state, _, in_time, late, mended = mean[name]
