@@ -138,10 +138,14 @@ class Block(nn.Module):
     def forward(self, state, x, edit):
         """state (B, T, D) after the previous loop, x (B, T, D) the input -> state (B, T, D)."""
         mixed = edit("mixed", self.mix(state))
-        found = rms_norm((x if self.config.restart else state) + mixed)
+        return edit("state", self.look_up((x if self.config.restart else state) + mixed))
+
+    def look_up(self, asked):
+        """The MLP: what a position makes of what it holds and has mixed, (..., D)."""
+        found = rms_norm(asked)
         gate, up = self.gate_up(found).chunk(2, dim=-1)
         new = self.down(F.silu(gate) * up)
-        return edit("state", rms_norm(found + new if self.config.mlp_residual else new))
+        return rms_norm(found + new if self.config.mlp_residual else new)
 
 
 class LoopedTransformer(nn.Module):
@@ -175,14 +179,18 @@ class LoopedTransformer(nn.Module):
                 raise TypeError("edit(loop, part, value) must return the value to go on with")
             return new
 
-        x = rms_norm(self.embedding)[tokens]                                    # (B, T, D)
-        if self.config.slots:
-            x = torch.cat([x, rms_norm(self.scratch).expand(len(tokens), -1, -1)], 1)
-        state = x
+        state = x = self.embed(tokens)                                          # (B, T, D)
         for loop in range(self.config.n_loops if n_loops is None else n_loops):
             # the sharing: with one block, every loop goes through the same weights
             state = self.blocks[loop % self.config.n_blocks](state, x, edited)
         return self.unembed(self.read(state, tokens))
+
+    def embed(self, tokens):
+        """tokens (B, T) -> vectors (B, T, D), those of the slots after them."""
+        x = rms_norm(self.embedding)[tokens]
+        if self.config.slots:
+            x = torch.cat([x, rms_norm(self.scratch).expand(len(tokens), -1, -1)], 1)
+        return x
 
     def answer_position(self, tokens):
         """(B,): the first blank, or in the causal layout the last token. So a fact is answered at

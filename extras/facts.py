@@ -17,8 +17,9 @@ question donors A (for h) and B (for r1) share a bridge: does the fact (h of A, 
 bridge   or does the bridge that both came with?
 
 After fine-tuning on new facts, "mended" denoises: into wrong answers the value of an old
-composition with the right bridge is put. If that mends them, hop 1 had failed. And "asked_alone"
-asks where a probe that was fitted on old facts reads the answers of new ones.
+composition with the right bridge is put. If that mends them, hop 1 had failed. "asked_alone"
+asks where a probe that was fitted on old facts reads the answers of new ones. And "unlearnt" gives
+the MLP back its weights from before the fine-tuning, at one site: which answers are lost?
 """
 import argparse
 import json
@@ -31,7 +32,7 @@ import torch
 from analyze import (codes, fit, means, other_r2, pairs, patch, patch_map, pick_donors, prepared,
                      predict, read, right_only, tail, values_of)
 from data import BadInput
-from grok import load_run, say, to_tokens, WEIGHTS, write_file
+from grok import load_run, read_config, say, to_tokens, WEIGHTS, write_file
 
 
 def shared_places(model, world, facts, asked, n=300):
@@ -108,7 +109,7 @@ def mended(model, world, asked, old, n=500):
 
 
 def asked_alone(model, world, splits):
-    """Where does the answer of a fact asked alone stand? A probe is fitted on half of the old facts.
+    """Where does the answer of a fact asked alone stand? A probe is fitted on half of old facts.
 
     {"old" (the other half), "new": maps (n_loops, 2, T) of the share of answers that it reads;
      "n": compositions of new + old, "right": share of them answered, each [where it reads the new
@@ -132,14 +133,53 @@ def asked_alone(model, world, splits):
             "n": [len(some) for some in groups], "right": [means(some) for some in groups]}
 
 
-def measure(model, world, splits):
-    """Everything that facts.json holds of one stage of a run."""
+def unlearnt(model, start, world, splits, n=500):
+    """Where is a new fact looked up? At one site after another the MLP is that of `start`, the
+    model before its fine-tuning: what it learned is lost there, and the rest is as it was.
+
+    {split: {"n": queries answered right, of up to n, "lost": (n_loops, T) share now wrong}}, for
+     new facts alone, as hop 1, as hop 2, and for old compositions, which are to lose nothing.
+    """
+    found = {}
+    for name in ("new_atomic", "new_old", "old_new", "train_inferred"):
+        asked = right_only(model, world, splits[name]).take(slice(n))
+        tokens, answers = to_tokens(asked, world, model.config.layout)
+        lost = []                                                       # (n_loops, T)
+        for loop in range(model.config.n_loops):
+            lost.append([])
+            for position in range(tokens.shape[1]):
+                got = with_old_mlp(model, start, tokens, loop, position)
+                lost[-1].append(means(got != answers))
+        found[name] = {"n": len(tokens), "lost": lost}
+    return found
+
+
+@torch.no_grad()
+def with_old_mlp(model, start, tokens, loop, position):
+    """Answers (B,) with the MLP of another model at one site, on what `model` mixed there."""
+    block, seen = start.blocks[loop % len(start.blocks)], {"state": model.embed(tokens)}
+    x = seen["state"]                                                           # (B, T, D)
+
+    def edit(at, part, value):
+        if (at, part) == (loop, "state"):
+            base = x if model.config.restart else seen["state"]
+            value = value.clone()
+            value[:, position] = block.look_up(base + seen["mixed"])[:, position]
+        seen[part] = value
+        return value
+
+    return model(tokens, edit=edit).argmax(-1)
+
+
+def measure(model, world, splits, start=None):
+    """Everything that facts.json holds of one stage of a run; `start`: the model it began as."""
     some = {name: asked.take(np.random.default_rng(0).permutation(len(asked.h))[:2000])
             for name, asked in splits.items()}
     if "new_old" in splits:
         return {"mended": {kind: mended(model, world, some[kind], some["train_inferred"])
                            for kind in ("new_old", "old_new")},
-                "asked_alone": asked_alone(model, world, splits)}
+                "asked_alone": asked_alone(model, world, splits),
+                "unlearnt": unlearnt(model, start, world, some) if start else None}
     parts = [splits[name] for name in ("id_atomic", "ood_atomic")]
     facts = type(parts[0])(*map(np.concatenate, zip(*parts)))
     asked = right_only(model, world, splits["test_id"])
@@ -153,10 +193,12 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     try:
         for folder in parser.parse_args(argv).runs:
-            found = {}
+            found, start = {}, read_config(folder).get("start", {"weights": "none"})
+            if start["weights"] in WEIGHTS:
+                start["model"] = load_run(folder / start["path"], start["weights"])[0]
             for stage, file in WEIGHTS.items():
                 if (folder / file).exists():
-                    found[stage] = measure(*load_run(folder, stage))
+                    found[stage] = measure(*load_run(folder, stage), start.get("model"))
             if not found:
                 raise BadInput(f"{folder}: holds no weights")
             write_file(folder / "facts.json", json.dumps(found).encode())

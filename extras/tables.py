@@ -19,13 +19,14 @@ import numpy as np
 import analyze
 from analyze import circuit, EXAMINED, map_at, places, predict
 from data import BadInput, queries
-from extras.graft import PARTS
+from extras.graft import FRESH, PARTS
 from grok import (build_data, first_step, LENGTH, load_run, read_run, say, to_tokens, WEIGHTS,
                   write_file)
 
 Run = namedtuple("Run", "folder about history paths cells")  # paths, cells: None if not measured
 LEVELS = (0.5, 0.9, 0.95)
-TUNED = "new_atomic", "new_old", "old_new", "new_new", "old_atomic", "old_inferred"
+SERVED = "new_old", "old_new", "new_new"
+TUNED = "new_atomic", *SERVED, "old_atomic", "old_inferred"
 
 
 # ---------------------------------------------------------------- reading runs
@@ -440,7 +441,7 @@ def new_by_class(groups):
         for word in ("entity", "code"):
             some = [run for kind, run in runs if kind == word]
             yield [start, word, len(some),
-                   *(end(some, split) for split in ("new_old", "old_new", "new_new"))]
+                   *(end(some, split) for split in SERVED)]
 
 
 def failing(groups):
@@ -482,6 +483,61 @@ def written(groups):
             yield [*row, spread([part["mixed"] for part in tried if part["n"]])]
 
 
+def unlearnt(groups):
+    """Where is a new fact looked up? At one site the MLP gets its weights from before fine-tuning
+    back: share of right answers then lost, the site where most are, and in the last loop where the
+    answer is read. Old compositions are to lose little: where they lose much, the rest says little.
+    """
+    yield ["run", "seeds", "steps", "fact alone", "at", "as hop 1", "at", "as hop 2", "at",
+           "alone, last loop", "hop 1, last loop", "hop 2, last loop", "old compositions, most"]
+    for name, runs in groups.items():
+        measured = [read_json(run.folder / "facts.json") for run in runs]
+        found = [maps["grokked"].get("unlearnt") for maps in measured if maps]
+        if found and all(found):
+            row, ends, T = [], [], LENGTH[runs[0].about["model"]["layout"]]
+            for kind, at in (("new_atomic", T - 2), ("new_old", T - 1), ("old_new", T - 1)):
+                lost = [np.asarray(maps[kind]["lost"]) for maps in found]       # (n_loops, T) each
+                row += [spread([shares.max() for shares in lost]), count(map(site_of, lost))]
+                ends.append(spread([shares[-1, at] for shares in lost]))
+            old = spread([np.max(maps["train_inferred"]["lost"]) for maps in found])
+            yield [name, len(runs), runs[0].history[-1]["step"], *row, *ends, old]
+
+
+def site_of(shares):
+    """"(loop, position)" of the most in (n_loops, T)."""
+    loop, position = np.unravel_index(shares.argmax(), shares.shape)
+    return f"({loop + 1}, {places(99)[position]})"
+
+
+def earlier(groups):
+    """What fine-tuning grades, and what new facts serve, .21 of the old ones kept, 500 steps: the
+    last loop or that before, too; the whole sequence, so that every position is to show its own
+    token, or the answer alone."""
+    yield ["start", "graded", "in loops", "seeds", "new + old", "old + new", "new + new",
+           "old compositions"]
+    for start in ("natural_before", "natural_grokked", "both_full_grokked", "second_full_grokked"):
+        for graded, loops, kind in (("sequence", "4", "small"), ("sequence", "3, 4", "early"),
+                                    ("answer", "4", "answer"), ("answer", "3, 4", "early_answer")):
+            runs = groups.get(f"tune/{kind}_{start}")
+            if runs:
+                yield [", ".join(start.rsplit("_", 1)), graded, loops, len(runs),
+                       *(end(runs, split) for split in SERVED), end(runs, "old_inferred")]
+
+
+def fresh(groups):
+    """Which part of the trained weights keeps new facts from serving? small/natural, grokked (or
+    before), one part of its weights drawn afresh, after 6,000 steps on new facts, all old facts
+    kept."""
+    yield ["drawn afresh", "seeds", "new + old", "old + new", "new + new"]
+    starts = {"nothing": "tune/flat_natural_grokked_all",
+              **{part: f"fresh/{part}" for part in FRESH}, "everything": "tune/flat_scratch_all",
+              "nothing_before": "tune/flat_natural_before_all"}
+    for part, name in starts.items():
+        runs = [until(run, 6000) for run in groups.get(name, [])]
+        if runs:
+            yield [part.replace("_", ", "), len(runs), *(end(runs, split) for split in SERVED)]
+
+
 def strongest(found, kind):
     """(share redirected at the best site, that site), over seeds."""
     maps = [np.asarray(maps[kind]["redirected"]) for maps in found]
@@ -505,8 +561,7 @@ def dials(groups):
         if not name.startswith("tune/"):
             tuned = groups.get("tune/" + name.replace("/", "_"))
             yield [name, len(runs), runs[0].history[-1]["step"], *dial_row(runs), *(
-                end(tuned or groups["tune/small_second_full_grokked"], split)
-                for split in ("new_old", "old_new", "new_new"))]
+                end(tuned or groups["tune/small_second_full_grokked"], split) for split in SERVED)]
 
 
 def dial_row(runs):
@@ -531,7 +586,7 @@ def per_fact(groups):
             runs = groups.get(f"tune/{length}_natural_grokked" + (f"_k{k}" if k else ""))
             if runs:
                 yield [k, runs[0].history[-1]["step"],
-                       *(end(runs, split) for split in ("new_old", "old_new", "new_new"))]
+                       *(end(runs, split) for split in SERVED)]
 
 
 def growth(groups):
@@ -611,9 +666,12 @@ def more_verdicts(groups):
     yield ["New facts serve hop 1 only, from grokked", "new + old 1.0, old + new 0",
            new_facts(groups["tune/small_natural_grokked"]), "differs",
            "at 500 steps; later the old facts kept decide: see flat", tune]
-    yield ["... and from the weights before grokking", "not asked",
+    yield ["... and from the weights before grokking", "the same, not tried",
            new_facts(groups["tune/small_natural_before"]), "holds",
            "the paper's direction, before grokking", f"{tune} --weights before"]
+    yield ["... and with loop 3 graded, too, while fine-tuning", "the same, not tried",
+           new_facts(groups["tune/early_natural_grokked"]), "holds",
+           "r2 must show its token where hop 2 is", f"{tune} --min-loops 3"]
     yield ["... from second hop supervised, two blocks in turn", "new + old .33, old + new 0",
            new_facts(groups["tune/dial_two_blocks"]), "holds", "the paper has two blocks",
            f"{tune}, of --n-blocks 2"]
@@ -695,7 +753,7 @@ def worth(groups):
             [run.history[-1]["step"] for run in runs[:1]], 0)
         answer = at_fit(runs) if weights == "before" else end(runs, "test_ood")
         yield [f"{regime}, {weights}", steps, extra_compositions(runs[0]), answer,
-               *(end(tuned, split) for split in ("new_old", "old_new", "new_new"))]
+               *(end(tuned, split) for split in SERVED)]
 
 
 def extra_compositions(run):
@@ -746,7 +804,10 @@ def page(root):
         "Where a fact is looked up (Finding 3)": (lookups, choose(groups, "small/", "dial/",
                                                                   "tune/")),
         "Which hop fails? (Finding 3)": (failing, choose(groups, "tune/")),
-        "Where a new fact is written (Finding 3)": (written, choose(groups, "tune/")),
+        "Where a new fact is written (Finding 3)": (written, choose(groups, "tune/", "fresh/")),
+        "Where a new fact is looked up (Finding 3)": (unlearnt, choose(groups, "tune/")),
+        "What is graded, and new facts (Finding 3)": (earlier, groups),
+        "New facts with a part drawn afresh (Finding 3)": (fresh, groups),
         "How many compositions a new fact needs (Finding 3)": (per_fact, groups),
         "Is it worthwhile?": (worth, groups),
         "Larger worlds": (growth, choose(groups, "growth/", "tiny/natural", "small/both_full"))}

@@ -2,11 +2,12 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 
 import data
 import grok
-from analyze import other_r2
+from analyze import other_r2, patch, right_only, values_of
 from extras import facts
 from test_grok import table  # noqa: F401, the circuit that is known by hand
 
@@ -75,3 +76,43 @@ def test_a_probe_reads_facts_asked_alone_where_they_stand():
     assert 20 / 60 <= new[0, 0, 2] < 0.4               # a wrong guess is right now and then
     assert sum(found["n"]) == len(splits["new_old"].h) and found["right"][1] == 0
     assert found["right"][0] > 0.85
+
+
+def test_an_old_mlp_at_one_site_is_a_patch_of_what_it_makes_there():
+    world = data.make_world(data.WorldConfig(n_entities=12, n_relations=8, out_degree=6))
+    draws = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 8, (20, 4), generator=draws) + torch.tensor([0, 12, 12, 12])
+    tokens[:, 3] = 20                                   # the blank
+    for change in ({}, {"restart": False}, {"mlp_residual": True}, {"n_blocks": 2}, {"slots": 2}):
+        model, start = (grok.LoopedTransformer(grok.Config(
+            layout="bidirectional", mixing="tokens", d_model=16, n_loops=3, seed=seed, **change),
+            world.n_entities, world.n_relations) for seed in (0, 1))
+        values, x = values_of(model, tokens), model.embed(tokens)
+        for loop in range(3):
+            old = x if model.config.restart or loop == 0 else values[loop - 1, 1]
+            made = start.blocks[loop % len(start.blocks)].look_up(old + values[loop, 0])
+            for position in range(4):
+                new = {(loop, 1, position): made[:, position]}
+                got = facts.with_old_mlp(model, start, tokens, loop, position)
+                assert torch.equal(got, patch(model, tokens, new).argmax(-1))
+
+
+def test_a_model_that_learned_nothing_loses_nothing_and_one_that_forgot_all_loses_it():
+    config = data.WorldConfig(new_facts=60)
+    start = data.make_world(config)
+    world, splits = data.add_facts(start, data.make_splits(start, config), config)
+    about = grok.Config(layout="bidirectional", mixing="tokens", tied=False, n_loops=2, d_model=32)
+    model, blank = (grok.LoopedTransformer(about, world.n_entities, world.n_relations)
+                    for _ in range(2))
+    for weight in blank.blocks.parameters():
+        torch.nn.init.zeros_(weight)                    # its state is 0, and so are all logits
+    same = facts.unlearnt(model, model, world, splits)
+    lost = facts.unlearnt(model, blank, world, splits)
+    assert list(same) == ["new_atomic", "new_old", "old_new", "train_inferred"]
+    for name, at in (("new_atomic", 2), ("train_inferred", 3)):
+        right = right_only(model, world, splits[name]).take(slice(500))
+        expected = np.zeros(4)
+        expected[at] = np.mean(right.t != 0)            # of equal logits the first is the answer
+        assert same[name]["n"] == lost[name]["n"] == len(right.t) > 0
+        assert np.array_equal(same[name]["lost"], np.zeros((2, 4)))
+        assert lost[name]["lost"][-1] == pytest.approx(expected)

@@ -1,4 +1,6 @@
 """What extras/graft.py promises: one part is the donor's, the rest is the run's own."""
+import shutil
+
 import torch
 
 import grok
@@ -36,3 +38,29 @@ def test_each_start_has_one_part_of_the_donor_and_is_trained(tmp_path, monkeypat
     files[one / "after.pt"] = (one / "after.pt").read_bytes()
     assert graft.main([str(one), str(other), "-o", str(tmp_path)]) == 2      # others: refused
     assert files == {path: path.read_bytes() for path in tmp_path.rglob("*.pt")}
+
+
+def test_a_part_drawn_afresh_is_that_of_the_first_weights(tmp_path, monkeypatch):
+    smoke = ["--preset", "smoke", "--layout", "bidirectional", "--mixing", "tokens",
+             "--tied", "false", "--seed", "11"]
+    run, first, early = (tmp_path / name for name in ("run", "first", "early"))
+    assert grok.main([*smoke, "--steps", "1", "--lr", "0", "--out", str(first)]) == 0
+    assert grok.main([*smoke, "--steps", "5", "--out", str(early)]) == 0
+    assert grok.main([*smoke, "--steps", "20", "--out", str(run)]) == 0
+    shutil.copy(early / "after.pt", run / "before.pt")
+    commands = []
+    monkeypatch.setattr(grok, "main", lambda argv: commands.append(argv) or 0)
+    assert graft.main([str(run), str(first), "-o", str(tmp_path), "--tune"]) == 0
+    begins = {"embedding": "embedding", "mixing": "blocks.0.mix.", "mlp": "blocks.0.",
+              "mlp_before": "blocks.0."}
+    own = {part: weights(run) for part in begins}
+    own["mlp_before"] = grok.load_run(run, "before")[0].state_dict()
+    assert len(commands) == len(graft.FRESH) == len(begins)
+    for part, command in zip(graft.FRESH, commands):
+        given = grok.parse(command)
+        assert given["out"] == str(tmp_path / "fresh" / part / "seed11")
+        assert (given["preset"], given["seed"], given["kept"]) == ("tune", 11, 1)
+        for name, weight in weights(given["start"]).items():
+            fresh = name.startswith(begins[part]) and (part[:3] != "mlp" or ".mix." not in name)
+            assert torch.equal(weight, (weights(first) if fresh else own[part])[name])
+            assert not torch.equal(weights(first)[name], own[part][name])

@@ -79,9 +79,8 @@ def test_a_circuit_that_the_lens_sees_takes_in_new_facts_more_easily(groups):
     for one, other in zip(rows[::2], rows[1::2]):
         for i in (3, 4, 5):
             assert float(one[i].split()[0]) >= float(other[i].split()[0]), (one[0], head[i])
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    ends = [row[-1].split()[0] for row in rows[-2:]]
-    assert "chains two new facts ({}, two seeds), the other not ({}, one).".format(*ends) in readme
+    ends = [float(row[-1].split()[0]) for row in rows[-2:]]
+    assert ends[0] > 0.95 and ends[1] < 0.5
 
 
 def test_each_circuit_has_its_own_row_and_every_seed_one(groups):
@@ -234,7 +233,7 @@ def test_new_facts_serve_as_hop_1_where_they_are_written_in_time(groups):
     for name in ("small_natural_before", "small_natural_grokked", "flat_natural_before_all",
                  "flat_natural_grokked_all"):
         old, new, state, _, in_time, late, mended = mean[name]
-        assert old > 0.5 > new - 0.01 and state > 0.9 and in_time > 0.8 > 0.55 > late, name
+        assert old > new + 0.3 and state > 0.9 and in_time > 0.8 > 0.55 > late, name
         assert mended > 0.98, name
     assert mean["flat_scratch_all"][1] > 0.8
     overtakes = []
@@ -243,3 +242,52 @@ def test_new_facts_serve_as_hop_1_where_they_are_written_in_time(groups):
         overtakes.append(all(tables.last(scratch, kind) > tables.last(grokked, kind)
                              for kind in ("new_old", "old_new", "new_new")))
     assert sorted(overtakes) == [False, True, True]
+
+
+def test_where_a_new_fact_is_looked_up(groups):
+    """Alone and, from grokked, in part as hop 2 in the last loop; as hop 1 hardly there."""
+    head, *rows = tables.unlearnt(tables.choose(groups, "tune/"))
+    rows = {row[0].removeprefix("tune/"): dict(zip(head, row)) for row in rows}
+    for name in ("small_natural_grokked", "flat_natural_grokked_all", "early_natural_grokked"):
+        row = rows[name]
+        assert row["alone, last loop"] == row["fact alone"] and row["at"]
+        alone, hop1, hop2, old = (float(row[key].split()[0]) for key in (
+            "alone, last loop", "hop 1, last loop", "hop 2, last loop", "old compositions, most"))
+        assert min(alone, hop2) >= 0.5 > 0.15 > hop1 and old < 0.1, name
+    assert float(rows["small_natural_before"]["hop 2, last loop"].split()[0]) < 0.5
+
+
+def test_graded_a_loop_earlier_every_grokked_start_gives_the_papers_direction(groups):
+    for regime in ("natural", "both_full", "second_full"):
+        late, early = (groups[f"tune/{kind}_{regime}_grokked"] for kind in ("small", "early"))
+        assert len(early) == 3
+        for run in early:
+            assert tables.last(run, "new_old") > tables.last(run, "old_new") + 0.2, run.folder
+        falls = [np.mean([tables.last(run, "old_new") for run in runs]) for runs in (late, early)]
+        assert falls[1] < falls[0] / 2
+    kept = [tables.last(run, "old_new") for run in groups["tune/early_answer_natural_grokked"]]
+    assert np.mean(kept) > 0.5                          # the answer alone graded: hop 2 is there
+
+
+def test_a_block_drawn_afresh_takes_in_more_and_an_embedding_does_not(groups):
+    head, *rows = tables.fresh(groups)
+    served = {part: [float(cell.split()[0]) for cell in cells] for part, seeds, *cells in rows}
+    assert [row[1] for row in rows] == [3] * 7
+    for part in ("mixing", "mlp"):
+        assert all(served[part][i] > served["nothing"][i] + 0.1 for i in range(3)), part
+        assert served[part][1] > served["everything"][1] + 0.1     # what was kept helps hop 2
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    said = "serve {:.2f} as hop 1, {:.2f} as hop 2 (*before*: {:.2f}, {:.2f};".format(
+        *served["mlp"][:2], *served["mlp, before"][:2])
+    assert said in readme
+    for one, other in zip(groups["fresh/mlp"], groups["fresh/mlp_before"]):     # what the wait buys
+        assert tables.last(one, "old_new") > tables.last(other, "old_new")
+    assert served["embedding"] == pytest.approx(served["nothing"], abs=0.1)
+
+
+def test_with_all_old_facts_and_time_the_start_from_before_ends_ahead_of_grokked(groups):
+    pairs = zip(groups["tune/flat_natural_before_all"], groups["tune/flat_natural_grokked_all"])
+    for before, grokked in pairs:
+        assert before.history[-1]["step"] == 24000
+        for kind in ("new_old", "old_new", "new_new"):
+            assert tables.last(before, kind) > tables.last(grokked, kind), before.folder
