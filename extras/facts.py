@@ -187,18 +187,23 @@ def measure(model, world, splits, start=None):
             "pair": pair_of_states(model, world, asked, n=500)}
 
 
+def begun_as(folder):
+    """The model that a run was fine-tuned from, or None."""
+    start = read_config(folder).get("start", {"weights": "none"})
+    if start["weights"] in WEIGHTS:
+        return load_run(folder / start["path"], start["weights"])[0]
+
+
 def main(argv=None):
     """Measure where facts are looked up; exit status 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="extras.facts", description=main.__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     try:
         for folder in parser.parse_args(argv).runs:
-            found, start = {}, read_config(folder).get("start", {"weights": "none"})
-            if start["weights"] in WEIGHTS:
-                start["model"] = load_run(folder / start["path"], start["weights"])[0]
+            found, start = {}, begun_as(folder)
             for stage, file in WEIGHTS.items():
                 if (folder / file).exists():
-                    found[stage] = measure(*load_run(folder, stage), start.get("model"))
+                    found[stage] = measure(*load_run(folder, stage), start)
             if not found:
                 raise BadInput(f"{folder}: holds no weights")
             write_file(folder / "facts.json", json.dumps(found).encode())

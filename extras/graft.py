@@ -26,8 +26,8 @@ PARTS = {"embedding": ("embedding",), "head": ("head",), "mixing": ("blocks.0.mi
          "mixing_positions": ("blocks.0.mix.gate_up.", "blocks.0.mix.down."),  # 192 numbers
          "mixing_out": ("blocks.0.mix.out.",), "mlp": ("blocks.0.gate_up.", "blocks.0.down.")}
 
-FRESH = {"embedding": "grokked", "mixing": "grokked", "mlp": "grokked",
-         "mlp_before": "before"}  # the name of a part, and of what weights of RUN the rest is
+FRESH = {"embedding": ("embedding", "grokked"), "mixing": ("mixing", "grokked"),
+         "mlp": ("mlp", "grokked"), "mlp_before": ("mlp", "before")}  # the part; RUN's weights else
 
 
 def graft(run, donor, part, folder, rest="grokked"):
@@ -60,9 +60,9 @@ def train(run, donor, name, root):
 
 def tune(run, first, name, root):
     """Exit status of the training on new facts that starts from the run with this part afresh."""
-    seed = grok.read_config(run)["model"]["seed"]
+    seed, (part, rest) = grok.read_config(run)["model"]["seed"], FRESH[name]
     label = f"{name}/seed{seed}"
-    graft(run, first, PARTS[name.removesuffix("_before")], root / "start" / label, FRESH[name])
+    graft(run, first, PARTS[part], root / "start" / label, rest)
     return grok.main(["--preset", "tune", "--start", str(root / "start" / label), "--kept", "1",
                       "--steps", "6000", "--eval-every", "200", "--seed", str(seed), "--out",
                       str(root / "fresh" / label)])

@@ -18,7 +18,7 @@ import numpy as np
 
 import analyze
 from analyze import circuit, EXAMINED, map_at, places, predict
-from data import BadInput, queries
+from data import BadInput, queries, REGIMES
 from extras.graft import FRESH, PARTS
 from grok import (build_data, first_step, LENGTH, load_run, read_run, say, to_tokens, WEIGHTS,
                   write_file)
@@ -515,7 +515,7 @@ def earlier(groups):
     token, or the answer alone."""
     yield ["start", "graded", "in loops", "seeds", "new + old", "old + new", "new + new",
            "old compositions"]
-    for start in ("natural_before", "natural_grokked", "both_full_grokked", "second_full_grokked"):
+    for start in ("natural_before", *(f"{regime}_grokked" for regime in REGIMES)):
         for graded, loops, kind in (("sequence", "4", "small"), ("sequence", "3, 4", "early"),
                                     ("answer", "4", "answer"), ("answer", "3, 4", "early_answer")):
             runs = groups.get(f"tune/{kind}_{start}")

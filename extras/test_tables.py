@@ -234,6 +234,7 @@ def test_new_facts_serve_as_hop_1_where_they_are_written_in_time(groups):
                  "flat_natural_grokked_all"):
         old, new, state, _, in_time, late, mended = mean[name]
         assert old > new + 0.3 and state > 0.9 and in_time > 0.8 > 0.55 > late, name
+        assert old > 0.5 and (new < 0.51 or name == "flat_natural_before_all"), name
         assert mended > 0.98, name
     assert mean["flat_scratch_all"][1] > 0.8
     overtakes = []
@@ -258,27 +259,30 @@ def test_where_a_new_fact_is_looked_up(groups):
 
 
 def test_graded_a_loop_earlier_every_grokked_start_gives_the_papers_direction(groups):
-    for regime in ("natural", "both_full", "second_full"):
+    for regime in data.REGIMES:
         late, early = (groups[f"tune/{kind}_{regime}_grokked"] for kind in ("small", "early"))
         assert len(early) == 3
         for run in early:
             assert tables.last(run, "new_old") > tables.last(run, "old_new") + 0.2, run.folder
-        falls = [np.mean([tables.last(run, "old_new") for run in runs]) for runs in (late, early)]
-        assert falls[1] < falls[0] / 2
+        usual = np.mean([tables.last(run, "old_new") for run in late])
+        assert np.mean([tables.last(run, "old_new") for run in early]) < 0.6 * usual
     kept = [tables.last(run, "old_new") for run in groups["tune/early_answer_natural_grokked"]]
     assert np.mean(kept) > 0.5                          # the answer alone graded: hop 2 is there
 
 
 def test_a_block_drawn_afresh_takes_in_more_and_an_embedding_does_not(groups):
     head, *rows = tables.fresh(groups)
-    served = {part: [float(cell.split()[0]) for cell in cells] for part, seeds, *cells in rows}
+    served = {}
+    for part, seeds, *cells in rows:
+        served[part] = [float(cell.split()[0]) for cell in cells]
     assert [row[1] for row in rows] == [3] * 7
     for part in ("mixing", "mlp"):
         assert all(served[part][i] > served["nothing"][i] + 0.1 for i in range(3)), part
         assert served[part][1] > served["everything"][1] + 0.1     # what was kept helps hop 2
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    said = "serve {:.2f} as hop 1, {:.2f} as hop 2 (*before*: {:.2f}, {:.2f};".format(
-        *served["mlp"][:2], *served["mlp, before"][:2])
+    fresh = next(tables.narrow(cells) for part, seeds, *cells in rows if part == "mlp")
+    said = "serve {} as hop 1, {} as hop 2 (*before*: {:.2f}, {:.2f};".format(
+        *fresh.strip("| ").split(" | ")[:2], *served["mlp, before"][:2])
     assert said in readme
     for one, other in zip(groups["fresh/mlp"], groups["fresh/mlp_before"]):     # what the wait buys
         assert tables.last(one, "old_new") > tables.last(other, "old_new")
