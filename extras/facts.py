@@ -18,8 +18,9 @@ bridge   or does the bridge that both came with?
 
 After fine-tuning on new facts, "mended" denoises: into wrong answers the value of an old
 composition with the right bridge is put. If that mends them, hop 1 had failed. "asked_alone"
-asks where a probe that was fitted on old facts reads the answers of new ones. And "unlearnt" gives
-the MLP back its weights from before the fine-tuning, at one site: which answers are lost?
+asks where a probe that was fitted on old facts reads the answers of new ones. "unlearnt" gives the
+MLP back its weights from before the fine-tuning, at one site: which answers are lost? And
+"held_out" asks whether the circuit still serves old facts that were kept.
 """
 import argparse
 import json
@@ -108,6 +109,15 @@ def mended(model, world, asked, old, n=500):
     return {"n": found["n"], "share": float(shares.max()), "mixed": float(shares[:, 0, 2].max())}
 
 
+def held_out(model, world, asked):
+    """{"n", "right"}: the share answered of old compositions that no training showed, where both
+    facts are kept."""
+    known = (tail(world, asked.h, asked.r1) >= 0) & (tail(world, asked.b, asked.r2) >= 0)
+    asked = asked.take(known)
+    tokens, answers = to_tokens(asked, world, model.config.layout)
+    return {"n": len(tokens), "right": means(predict(model, tokens) == answers)}
+
+
 def asked_alone(model, world, splits):
     """Where does the answer of a fact asked alone stand? A probe is fitted on half of old facts.
 
@@ -179,6 +189,7 @@ def measure(model, world, splits, start=None):
         return {"mended": {kind: mended(model, world, some[kind], some["train_inferred"])
                            for kind in ("new_old", "old_new")},
                 "asked_alone": asked_alone(model, world, splits),
+                "held_out": held_out(model, world, splits["old_inferred"]),
                 "unlearnt": unlearnt(model, start, world, some) if start else None}
     parts = [splits[name] for name in ("id_atomic", "ood_atomic")]
     facts = type(parts[0])(*map(np.concatenate, zip(*parts)))

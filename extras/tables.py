@@ -447,7 +447,7 @@ def new_by_class(groups):
 def failing(groups):
     """Which hop fails? Of up to 500 wrong answers a seed, those that an old value with the right
     bridge mends, at the best site (Finding 3)."""
-    yield ["run", "seeds", "new + old", "wrong, tried", "of these mended", "old + new",
+    yield ["run", "seeds", "steps", "new + old", "wrong, tried", "of these mended", "old + new",
            "wrong, tried", "of these mended"]
     for name, runs in groups.items():
         measured = [read_json(run.folder / "facts.json") for run in runs]
@@ -457,7 +457,7 @@ def failing(groups):
             cells += [end(runs, kind), sum(part["n"] for part in found),
                       spread([part["share"] for part in found if part["n"]])]
         if any(measured):
-            yield [name, len(runs), *cells]
+            yield [name, len(runs), runs[0].history[-1]["step"], *cells]
 
 
 def written(groups):
@@ -524,6 +524,35 @@ def earlier(groups):
                        *(end(runs, split) for split in SERVED), end(runs, "old_inferred")]
 
 
+def at_length(groups):
+    """New facts at length, a fifth of the old ones kept: at step 400, then the median of those from
+    4,000 to 6,000, as the loss has spikes and one evaluation may fall into one. Held out: old
+    compositions of two kept facts that no training showed, by the weights at the end."""
+    yield ["start", "seeds", "new + old, at 400", "old + new, at 400", "new + old, late",
+           "old + new, late", "new + new, late", "old facts, late", "held out"]
+    for start in ("scratch", "natural_before", *(f"{regime}_grokked" for regime in REGIMES)):
+        runs = groups.get(f"tune/flat_{start}", [])
+        if runs:
+            early = [until(run, 400) for run in runs]
+            yield [", ".join(start.rsplit("_", 1)), len(runs),
+                   *(end(early, split) for split in SERVED[:2]),
+                   *(spread([late(run, split) for run in runs])
+                     for split in (*SERVED, "old_atomic")), spread(held_outs(runs))]
+
+
+def late(run, split):
+    """The median accuracy of a split, steps 4,000 to 6,000."""
+    return np.median([line["accuracy"][split] for line in run.history
+                      if 4000 <= line["step"] <= 6000])
+
+
+def held_outs(runs):
+    """What `facts.held_out` found of each run that it was asked of."""
+    measured = [read_json(run.folder / "facts.json") for run in runs]
+    return [maps["grokked"]["held_out"]["right"] for maps in measured
+            if maps and "held_out" in maps["grokked"]]
+
+
 def fresh(groups):
     """Which part of the trained weights keeps new facts from serving? small/natural, grokked (or
     before), one part of its weights drawn afresh, after 6,000 steps on new facts, all old facts
@@ -583,7 +612,8 @@ def per_fact(groups):
     yield ["k", "steps", "new + old", "old + new", "new + new"]
     for length in ("small", "flat"):
         for k in (0, 1, 2, 4, 8):
-            runs = groups.get(f"tune/{length}_natural_grokked" + (f"_k{k}" if k else ""))
+            runs = groups.get(f"tune/{length}_natural_grokked" + (f"_k{k}" if k else ""), [])
+            runs = [until(run, 2000) for run in runs]
             if runs:
                 yield [k, runs[0].history[-1]["step"],
                        *(end(runs, split) for split in SERVED)]
@@ -665,7 +695,10 @@ def more_verdicts(groups):
            "a run 50 times as long would decide", "--regime first_full"]
     yield ["New facts serve hop 1 only, from grokked", "new + old 1.0, old + new 0",
            new_facts(groups["tune/small_natural_grokked"]), "differs",
-           "at 500 steps; later the old facts kept decide: see flat", tune]
+           "at 500 steps; later the old facts kept decide", tune]
+    yield ["... and at length, a fifth of the old facts kept", "new + old 1.0, old + new 0",
+           new_facts(groups["tune/flat_natural_grokked"], late), "holds",
+           "the direction; the circuit still serves old facts", f"{tune} --steps 6000"]
     yield ["... and from the weights before grokking", "the same, not tried",
            new_facts(groups["tune/small_natural_before"]), "holds",
            "the paper's direction, before grokking", f"{tune} --weights before"]
@@ -730,8 +763,9 @@ def path_like(runs, one, two):
     return alike_all(within([swaps_of(run) for run in runs], one, two))
 
 
-def new_facts(runs):
-    return f"new + old {end(runs, 'new_old')}, old + new {end(runs, 'old_new')}"
+def new_facts(runs, share=last):
+    hop1, hop2 = (spread([share(run, split) for run in runs]) for split in SERVED[:2])
+    return f"new + old {hop1}, old + new {hop2}"
 
 
 def markdown(row):
@@ -808,6 +842,7 @@ def page(root):
         "Where a new fact is looked up (Finding 3)": (unlearnt, choose(groups, "tune/")),
         "What is graded, and new facts (Finding 3)": (earlier, groups),
         "New facts with a part drawn afresh (Finding 3)": (fresh, groups),
+        "New facts at length (Finding 3)": (at_length, groups),
         "How many compositions a new fact needs (Finding 3)": (per_fact, groups),
         "Is it worthwhile?": (worth, groups),
         "Larger worlds": (growth, choose(groups, "growth/", "tiny/natural", "small/both_full"))}

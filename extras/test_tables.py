@@ -289,6 +289,25 @@ def test_a_block_drawn_afresh_takes_in_more_and_an_embedding_does_not(groups):
     assert served["embedding"] == pytest.approx(served["nothing"], abs=0.1)
 
 
+def test_with_few_old_facts_kept_every_start_ends_in_the_papers_direction(groups):
+    """Not so with all kept; and the circuit still serves old facts."""
+    head, *rows = tables.at_length(groups)
+    assert [row[:2] for row in rows] == [[start, 3] for start in (
+        "scratch", "natural, before", *(f"{regime}, grokked" for regime in data.REGIMES))]
+    for start, seeds, *cells in rows:
+        early1, early2, late1, late2, _, old, held = (float(cell.split()[0]) for cell in cells)
+        assert late1 > late2 + 0.15 and old < 0.3, start
+        if "grokked" in start:
+            assert late2 < 0.75 * early2 and held > 0.9, start
+    for regime in data.REGIMES:
+        for run in groups[f"tune/flat_{regime}_grokked_all"]:
+            at = {line["step"]: line["accuracy"]["old_new"] for line in run.history}
+            assert at[6000] > at[400] - 0.1, run.folder
+    for run in groups["tune/flat_natural_grokked"]:
+        assert tables.late(run, "new_old") > tables.late(run, "old_new") + 0.1, run.folder
+        assert max(line["step"] for line in run.history) == 6000
+
+
 def test_with_all_old_facts_and_time_the_start_from_before_ends_ahead_of_grokked(groups):
     pairs = zip(groups["tune/flat_natural_before_all"], groups["tune/flat_natural_grokked_all"])
     for before, grokked in pairs:
