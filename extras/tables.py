@@ -693,9 +693,9 @@ def more_verdicts(groups):
     yield ["First hop alone collapses late", ".98, then .22",
            f"answer {end(groups['small/first_full'], 'test_ood')}", "open",
            "a run 50 times as long would decide", "--regime first_full"]
-    yield ["New facts serve hop 1 only, from grokked", "new + old 1.0, old + new 0",
+    yield ["New facts serve hop 1 only, from grokked: 500 steps", "new + old 1.0, old + new 0",
            new_facts(groups["tune/small_natural_grokked"]), "differs",
-           "at 500 steps; later the old facts kept decide", tune]
+           "later the old facts kept decide: next row", tune]
     yield ["... and at length, a fifth of the old facts kept", "new + old 1.0, old + new 0",
            new_facts(groups["tune/flat_natural_grokked"], late), "holds",
            "the direction; the circuit still serves old facts", f"{tune} --steps 6000"]
