@@ -109,11 +109,13 @@ def mended(model, world, asked, old, n=500):
     return {"n": found["n"], "share": float(shares.max()), "mixed": float(shares[:, 0, 2].max())}
 
 
-def held_out(model, world, asked):
+def held_out(model, world, splits):
     """{"n", "right"}: the share answered of old compositions that no training showed, where both
     facts are kept."""
-    known = (tail(world, asked.h, asked.r1) >= 0) & (tail(world, asked.b, asked.r2) >= 0)
-    asked = asked.take(known)
+    facts, asked = splits["kept_atomic"], splits["old_inferred"]
+    kept = np.zeros(world.index.shape, bool)                                    # (E, R)
+    kept[facts.h, facts.r1] = True
+    asked = asked.take(kept[asked.h, asked.r1] & kept[asked.b, asked.r2])
     tokens, answers = to_tokens(asked, world, model.config.layout)
     return {"n": len(tokens), "right": means(predict(model, tokens) == answers)}
 
@@ -189,7 +191,7 @@ def measure(model, world, splits, start=None):
         return {"mended": {kind: mended(model, world, some[kind], some["train_inferred"])
                            for kind in ("new_old", "old_new")},
                 "asked_alone": asked_alone(model, world, splits),
-                "held_out": held_out(model, world, splits["old_inferred"]),
+                "held_out": held_out(model, world, splits),
                 "unlearnt": unlearnt(model, start, world, some) if start else None}
     parts = [splits[name] for name in ("id_atomic", "ood_atomic")]
     facts = type(parts[0])(*map(np.concatenate, zip(*parts)))

@@ -79,17 +79,18 @@ def test_a_probe_reads_facts_asked_alone_where_they_stand():
 
 
 def test_held_out_compositions_are_those_of_two_kept_facts():
-    config = data.WorldConfig(new_facts=60, kept=0.5)
-    start = data.make_world(config)
-    world, splits = data.add_facts(start, data.make_splits(start, config), config)
-    kept = set(zip(splits["kept_atomic"].h, splits["kept_atomic"].r1))
-    asked = splits["old_inferred"]
-    n = sum((h, r1) in kept and (b, r2) in kept
-            for h, r1, r2, b in zip(asked.h, asked.r1, asked.r2, asked.b))
-    for known in (True, False):
-        model = Written(world, np.full(len(world.facts), known))
-        assert 0 < n < len(asked.h)
-        assert facts.held_out(model, world, asked) == {"n": n, "right": float(known)}
+    for whole in (False, True):                         # True: the others stay in the world, too
+        config = data.WorldConfig(new_facts=60, kept=0.5, whole_rows=whole)
+        start = data.make_world(config)
+        world, splits = data.add_facts(start, data.make_splits(start, config), config)
+        kept = set(zip(splits["kept_atomic"].h, splits["kept_atomic"].r1))
+        asked = splits["old_inferred"]
+        n = sum((h, r1) in kept and (b, r2) in kept
+                for h, r1, r2, b in zip(asked.h, asked.r1, asked.r2, asked.b))
+        for known in (True, False):
+            model = Written(world, np.full(len(world.facts), known))
+            assert 0 < n < len(asked.h)
+            assert facts.held_out(model, world, splits) == {"n": n, "right": float(known)}
 
 
 def test_an_old_mlp_at_one_site_is_a_patch_of_what_it_makes_there():

@@ -265,7 +265,8 @@ def test_graded_a_loop_earlier_every_grokked_start_gives_the_papers_direction(gr
         for run in early:
             assert tables.last(run, "new_old") > tables.last(run, "old_new") + 0.2, run.folder
         usual = np.mean([tables.last(run, "old_new") for run in late])
-        assert np.mean([tables.last(run, "old_new") for run in early]) < 0.6 * usual
+        most = 0.6 if regime in ("first_full", "both_half") else 0.5
+        assert np.mean([tables.last(run, "old_new") for run in early]) < most * usual
     kept = [tables.last(run, "old_new") for run in groups["tune/early_answer_natural_grokked"]]
     assert np.mean(kept) > 0.5                          # the answer alone graded: hop 2 is there
 
@@ -292,10 +293,12 @@ def test_a_block_drawn_afresh_takes_in_more_and_an_embedding_does_not(groups):
 def test_with_few_old_facts_kept_every_start_ends_in_the_papers_direction(groups):
     """Not so with all kept; and the circuit still serves old facts."""
     head, *rows = tables.at_length(groups)
-    assert [row[:2] for row in rows] == [[start, 3] for start in (
-        "scratch", "natural, before", *(f"{regime}, grokked" for regime in data.REGIMES))]
-    for start, seeds, *cells in rows:
+    grokked = [f"{regime}, grokked" for regime in data.REGIMES]
+    assert [row[0] for row in rows] == ["scratch", "natural, before", *grokked]
+    assert all(row[1] == 3 for row in rows)
+    for start, seeds, *cells, n in rows:
         early1, early2, late1, late2, _, old, held = (float(cell.split()[0]) for cell in cells)
+        assert n > 500
         assert late1 > late2 + 0.15 and old < 0.3, start
         if "grokked" in start:
             assert late2 < 0.75 * early2 and held > 0.9, start
