@@ -125,10 +125,13 @@ def visible(clean, donor, direction):
 
 
 def codes(model, tokens, bridges, n_entities):
-    """Each entity's mean value over the queries whose bridge it is, (n_loops, 2, E, T, D): the
-    difference of two moves the bridge and nothing else, if what a site carries adds up."""
+    """Each entity's mean value over the queries whose bridge it is, (n_loops, 2, E, T, D), 0 for
+    one that is none's: the difference of two moves the bridge and nothing else, if what a site
+    carries adds up."""
     of = F.one_hot(bridges, n_entities).float()                         # (N, E)
-    return torch.einsum("lpntd,ne->lpetd", values_of(model, tokens), of / of.sum(0).clamp(min=1))
+    of = of / of.sum(0).clamp(min=1)
+    return sum(torch.einsum("lpntd,ne->lpetd", values_of(model, part), share)
+               for part, share in zip(tokens.split(BATCH), of.split(BATCH)))
 
 
 def noise(donor):
@@ -173,7 +176,8 @@ def same_bridge(clean, pool, rng):
 
 def other_r2(world, clean, pool, rng):
     """Donors with another r2 too: a value that carries the bridge b' alone gives the tail of
-    (b', r2), which is neither query's own answer; one that carries the answer gives the donor's."""
+    (b', r2), which is neither query's own answer; one that carries the answer gives the donor's.
+    Of OOD queries, too, (b', r2) is most often an ID fact: `swapped` of extras/facts.py."""
     c, d = pairs(clean, pool)
     t = tail(world, d.b, c.r2)                                          # (N, P)
     allowed = (c.r2 != d.r2) & (c.b != d.b) & (c.t != d.t) & (t >= 0) & (t != c.t) & (t != d.t)
@@ -201,12 +205,12 @@ def corrupt(model, world, clean, rng):
 def inference_path(model, world, splits, n=500, most=2000):
     """{split: {"n", "lens", "probe", "translated", "patch"}} of ID and OOD queries.
     Up to n random ones for lens, probe and "translated", the lens on a linear map to the bridge's
-    unembedding vector; these two and the codes are fitted on up to `most` ID queries, not asked
-    again. Up to n answered rightly for patching, with donors from up to `most` of the split."""
+    unembedding vector; these two and the codes are fitted on other ID queries, up to `most` or 20
+    an entity. Up to n answered rightly for patching, with donors from up to `most` of the split."""
     rng, E, paths = np.random.default_rng(0), world.n_entities, {}
     shuffled = {name: splits[name].take(rng.permutation(len(splits[name].h))) for name in EXAMINED}
     half = len(shuffled["test_id"].h) // 2
-    known = shuffled["test_id"].take(slice(half, half + most))
+    known = shuffled["test_id"].take(slice(half, half + max(most, 20 * E)))
     asked = {"test_id": shuffled["test_id"].take(slice(min(half, most))),
              "test_ood": shuffled["test_ood"].take(slice(most))}
     right = {name: right_only(model, world, queries) for name, queries in asked.items()}
@@ -325,10 +329,12 @@ def draw_map(axes, values):
 # ---------------------------------------------------------------- the command line
 def analyze_run(folder):
     """Measure one run: paths.json and a figure for each part into its folder."""
+    if not (folder / "config.json").exists():
+        raise BadInput(f"{folder}: holds no run")
     about, paths = read_run(folder)[0], {}
     for stage in [stage for stage, file in WEIGHTS.items() if (folder / file).exists()]:
         model, world, splits = load_run(folder, stage)
-        if min(len(splits[split].h) if split in splits else 0 for split in EXAMINED) < 2:
+        if min(len(splits[split].h) if split in splits else 0 for split in EXAMINED) < 4:
             raise BadInput(f"{folder}: too few ID or OOD compositions to look into")
         paths[stage] = inference_path(model, world, splits)
         for split, kind in EXAMINED.items():
@@ -351,21 +357,19 @@ def report(found):
 
 
 def main(argv=None):
-    """Analyse runs; exit status 0, or 2 for bad input."""
+    """Analyse runs; exit status 0, or 2 if one of them cannot be."""
     parser = argparse.ArgumentParser(prog="analyze.py", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders of runs")
-    try:
-        for root in parser.parse_args(argv).runs:
-            folders = sorted(path.parent for path in root.rglob("config.json"))
-            if not folders:
-                raise BadInput(f"{root}: holds no run")
-            for folder in folders:
+    status = 0
+    for root in parser.parse_args(argv).runs:
+        for folder in sorted(path.parent for path in root.rglob("config.json")) or [root]:
+            try:
                 say(f"\n{folder}")
                 analyze_run(folder)
-    except (BadInput, OSError) as error:
-        print(f"analyze.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+            except (BadInput, OSError) as error:  # says so, and goes on to the next
+                print(f"analyze.py: {error}", file=sys.stderr)
+                status = 2
+    return status
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ class LoopedTransformer(nn.Module):
         if config.slots:
             self.scratch = nn.Parameter(torch.empty(config.slots, D))
         with torch.random.fork_rng(devices=[]):  # leaves the global random state as it was
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)  # the CPU's alone
             self.blocks = nn.ModuleList(Block(config, T) for _ in range(config.n_blocks))
             for name, weight in self.named_parameters():
                 fan_in = weight.shape[1] if name.startswith("blocks") else 1
@@ -355,11 +355,13 @@ class Trainer:
 
         {"step", "loss": mean since the last line, "seconds", "accuracy": {split: share right},
          "lens": {split: {"any", "any_chance", "best", "best_chance", "answer_any"}}}
-        Raises BadInput if a loss since the last line is not finite."""
+        Raises BadInput if a loss since the last line, or a weight now, is not finite."""
         losses = torch.stack(self.losses)
-        bad = (~torch.isfinite(losses)).nonzero()
-        if len(bad):
-            at = self.step - len(losses) + 1 + int(bad[0])
+        bad = [int(row) for row in (~torch.isfinite(losses)).nonzero()]
+        if not all(weight.isfinite().all() for weight in self.averaged):
+            bad.append(len(losses))  # a last step that spoiled the weights: no loss shows it yet
+        if bad:
+            at = self.step - len(losses) + 1 + bad[0]
             raise BadInput(f"loss is not finite at step {at}: lower lr = {self.config.lr:g}; the "
                            "last good checkpoint is kept")
         self.losses.clear()
@@ -562,6 +564,9 @@ FREE = ("new_facts", "kept", "new_k1", "new_k2", "whole_rows", "lr", "weight_dec
 def check(config):
     """The WorldConfig or Config given; BadInput for its first setting that cannot be."""
     if isinstance(config, WorldConfig):
+        for name in ("kept", "new_k1", "new_k2", "whole_rows"):
+            if not config.new_facts and getattr(config, name) != getattr(WorldConfig, name):
+                raise BadInput(f"{name} = {getattr(config, name)}: needs new_facts above 0")
         return check_settings(config, LIMITS)
     check_settings(config, MODEL_LIMITS)
     heads, D = config.n_heads, config.d_model
@@ -597,6 +602,7 @@ def describe(given):
     if not given["start"]:  # a graph from a file has these settings, too
         degree = int(np.bincount(world.facts[:, 0]).max())
         about["world"].update(zip(GRAPH, (world.n_entities, world.n_relations, degree)))
+        check(WorldConfig(**about["world"]))
     return about, world, splits
 
 
@@ -637,6 +643,8 @@ def read_start(given):
     settings = *WorldConfig.__annotations__, *Config.__annotations__, "regime", "data"
     refuse(given, [name for name in settings if name not in FREE], f"comes from {path}")
     start = read_config(path)
+    if start["world"]["new_facts"]:
+        raise BadInput(f"start = {path}: has new facts already, and would get the same again")
     if "data" in start:
         start["data"]["path"] = str(path / start["data"]["path"])
     sha256 = digest(path / WEIGHTS.get(weights, "config.json"))
@@ -662,8 +670,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("grok.py: stopped; the same command goes on from last.pt", file=sys.stderr)
         return 130
-    except (BadInput, OSError) as error:
-        print(f"grok.py: {error}", file=sys.stderr)
+    except (BadInput, OSError, torch.OutOfMemoryError) as error:
+        print(f"grok.py: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
 
 

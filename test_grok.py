@@ -703,6 +703,31 @@ def test_a_spoilt_loss_and_ctrl_c_keep_the_last_evaluation(status, said, here, m
     assert torch.load("cut/last.pt", weights_only=True)["step"] == 4
 
 
+def test_weights_spoilt_by_the_last_step_are_not_kept(here, capsys, monkeypatch):
+    """No loss shows them yet."""
+    step = Trainer.train_step
+
+    def spoilt(trainer):
+        step(trainer)
+        if trainer.step == 8:
+            trainer.averaged[0][0, 0] = math.inf
+
+    monkeypatch.setattr(Trainer, "train_step", spoilt)
+    assert grok.main([*BRIEF, "--out", "cut"]) == 2
+    assert "not finite at step 9" in capsys.readouterr().err
+    assert torch.load("cut/last.pt", weights_only=True)["step"] == 4
+
+
+def test_too_little_memory_is_said_in_one_line(here, capsys, monkeypatch):
+    def full(trainer):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee more")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    assert grok.main([*BRIEF, "--out", "cut"]) == 2
+    assert capsys.readouterr().err == (
+        "grok.py: CUDA out of memory. Tried to allocate 2 GiB.\n")
+
+
 def test_two_processes_in_one_folder_leave_whole_files(whole, tmp_path):
     command = [sys.executable, grok.__file__, *SMOKE, "--out", str(tmp_path / "run")]
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
@@ -751,7 +776,7 @@ def test_a_run_on_a_file_records_it_and_is_read_and_started_from_anywhere(file, 
 
 
 @pytest.mark.parametrize("weights", ["before", "grokked", "none"])
-def test_a_run_starts_from_the_weights_and_world_of_another(weights, here):
+def test_a_run_starts_from_the_weights_and_world_of_another(weights, here, capsys):
     """With step size 0 it ends with the weights it began with."""
     new = ["--preset", "tune", "--new-facts", "20", "--kept", "0.5", "--lr", "0", "--steps", "4"]
     assert grok.main([*new, "--start", "run", "--weights", weights, "--out", "new"]) == 0
@@ -764,6 +789,7 @@ def test_a_run_starts_from_the_weights_and_world_of_another(weights, here):
     assert {**about["world"], "new_facts": 0, "kept": 1.0} == start["world"]
     config = WorldConfig(**about["world"])
     assert_same_data(load_run("new")[1:], add_facts(*load_run("run")[1:], config))
+    refuses([*new, "--start", "new"], "start = new: has new facts already", capsys)
     begun = (weights_in(file) if weights != "none" else
              LoopedTransformer(Config(**start["model"]), E, R).state_dict())
     for name, weight in weights_in("new/after.pt").items():
@@ -794,6 +820,9 @@ def test_every_setting_is_in_the_help_has_a_flag_and_keeps_its_limits(tmp_path, 
 @pytest.mark.parametrize("command, said", [
     ("--preset huge", "preset = huge: must be one of tiny, small, tune"), ("tiny", "unrecognized"),
     ("--preset tune", "start = None"), ("--new-facts 3", "start = None"), ("--sed 1", "--sed 1"),
+    ("--kept .5", "kept = 0.5: needs"), ("--whole-rows true", "whole_rows = True: needs"),
+    ("--start run --new-k2 3", "new_k2 = 3: needs"),
+    ("--facts one.tsv --phi 2", "n_entities = 1: must lie in"),
     ("--regime third", "regime = third: must be one of natur"), ("--phi 0", "phi = 0: must lie"),
     ("--device tpu", "device = tpu: must be one that is here: "), ("--data no", "'no'"),
     ("--n-heads 5 --d-model 96", "n_heads = 5: twice it must divide d_model = 96"),
@@ -810,6 +839,8 @@ def test_what_cannot_be_used_is_said_in_one_line_and_nothing_is_written(command,
                                                                         capsys):
     for twice in ("twice.tsv", "twice.npz"):
         Path(twice).write_text("a\tr\ta\na\tr\tb\n", encoding="utf-8")
+    lines = [f"a\tr{number}\ta\n" for number in range(20)]
+    Path("one.tsv").write_text("".join(lines), encoding="utf-8")
     refuses(command.split(), said, capsys)
 
 
@@ -1090,6 +1121,14 @@ def test_analyze_says_what_it_cannot_look_into(here, capsys):
         assert analyze.main([name]) == 2 and not Path(name, "paths.json").exists()
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and said in error and name in error
+
+
+def test_analyze_goes_on_after_a_run_that_it_cannot_look_into(here, capsys):
+    """"few" has but three ID queries, too few to fit on one half and ask the other."""
+    few = ["--preset", "smoke", "--phi", "4.67241379", "--steps", "2", "--out", "few"]
+    assert grok.main(few) == 0 and len(load_run("few")[2]["test_id"].h) < 4
+    assert analyze.main(["few", "run"]) == 2
+    assert "few: too few" in capsys.readouterr().err and Path("run/paths.json").exists()
 
 
 # ---------------------------------------------------------------- what is shipped

@@ -96,7 +96,7 @@ def make_plain(name, trainer, n_own, weight_decay):
     """A racer: the training loop that one would write, as a step."""
     config, device, loader = trainer.config, trainer.tokens.device, make_loader(trainer)
     with torch.random.fork_rng(devices=[]):  # leaves the global random state as it was
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)
         model = Plain(config, trainer.model.blank + 1, n_own).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=weight_decay)
     racer, batches = Racer(name, model, model), endless(loader)

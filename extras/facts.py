@@ -16,6 +16,9 @@ alone and hop2 are, as hop 2. And when is hop 1 looked up? "pair" swaps the stat
 question donors A (for h) and B (for r1) share a bridge: does the fact (h of A, r1 of B) decide?
 bridge   or does the bridge that both came with?
 
+A swap in an OOD query asks for (donor's bridge, r2), most often an ID fact. "swapped" takes swaps
+that ask for ID facts, and for OOD facts: these alone show an OOD fact as hop 2 of a swapped bridge.
+
 After fine-tuning on new facts, "mended" denoises: into wrong answers the value of an old
 composition with the right bridge is put. If that mends them, hop 1 had failed. "asked_alone"
 asks where a probe that was fitted on old facts reads the answers of new ones. "unlearnt" gives the
@@ -91,6 +94,35 @@ def pair_swap(model, world, clean, at_h, at_r1):
         new = {(loop, 1, 0): first[loop, 1, :, 0], (loop, 1, 1): second[loop, 1, :, 1]}
         answers.append(patch(model, tokens, new).argmax(-1).numpy())
     return np.array(answers)
+
+
+def swapped(model, world, known, pool, n=500):
+    """Does a swap in the OOD queries `pool`, answered rightly, redirect to ID and OOD facts alike?
+
+    {"queries": how many these are, "n": [swaps that ask for an ID fact, for an OOD fact], up to n
+     each, "donor", "code": [share redirected to the ID fact, to the OOD fact], at the site where
+     most are to ID facts, [] if there are none}; codes are from the ID queries `known`.
+    """
+    rng, layout, E = np.random.default_rng(0), model.config.layout, world.n_entities
+    clean = pool.take(rng.integers(0, len(pool.h), 8 * n if len(pool.h) else 0))
+    clean, donor, predicted = other_r2(world, clean, pool, rng)
+    code = codes(model, to_tokens(known, world, layout)[0], torch.from_numpy(known.b), E)
+    is_ood = world.is_ood[world.index[donor.b, clean.r2]]
+    found = {"queries": len(pool.h), "n": [], "donor": [], "code": []}
+    maps = {"donor": [], "code": []}                                    # each [ID, OOD]
+    for kind in (False, True):
+        rows = np.flatnonzero(is_ood == kind)[:n]
+        c, d, wanted = clean.take(rows), donor.take(rows), torch.from_numpy(predicted[rows])
+        tokens, ours, theirs = prepared(model, world, c, d)
+        maps["donor"].append(patch_map(model, tokens, theirs, wanted))
+        maps["code"].append(moved(model, tokens, ours, code, c.b, d.b, wanted))
+        found["n"].append(len(rows))
+    for name, (to_id, to_ood) in maps.items():
+        if all(found["n"]):
+            to_id, to_ood = (np.array(shares["redirected"]) for shares in (to_id, to_ood))
+            site = np.unravel_index(to_id.argmax(), to_id.shape)
+            found[name] = [float(to_id[site]), float(to_ood[site])]
+    return found
 
 
 def mended(model, world, asked, old, n=500):
@@ -196,8 +228,10 @@ def measure(model, world, splits, start=None):
     parts = [splits[name] for name in ("id_atomic", "ood_atomic")]
     facts = type(parts[0])(*map(np.concatenate, zip(*parts)))
     asked = right_only(model, world, splits["test_id"])
+    ood = right_only(model, world, splits["test_ood"])
     return {**shared_places(model, world, facts, asked),
-            "pair": pair_of_states(model, world, asked, n=500)}
+            "pair": pair_of_states(model, world, asked, n=500),
+            "swapped": swapped(model, world, some["test_id"], ood)}
 
 
 def begun_as(folder):

@@ -132,7 +132,8 @@ def tuned(groups):
 
 # ---------------------------------------------------------------- tables of what is inside
 def paths(groups):
-    """Answered, seen, present, used, before and after grokking (Finding 2)."""
+    """Answered, seen, present, used, before and after grokking (Finding 2). In OOD queries, too, a
+    swap asks most often for an ID fact: the next table parts them."""
     yield ["run", "weights", "queries", "answered", "seen anywhere (chance)", "seen, best site",
            "seen among entities", "present", "translated to its token", "used: a donor",
            "used: its code", "used: its token's direction", "probe's subspace", "all but that",
@@ -178,6 +179,26 @@ def circuit_name(found):
     """Where the bridge is used, in words: "mixed (3, r2)", "state (2, h)" or "spread"."""
     part, loop, position, _ = circuit(found)
     return part if loop is None else f"{part} ({loop + 1}, {places(99)[position]})"
+
+
+def swaps(groups):
+    """What swaps in OOD queries ask for: (donor's bridge, r2) is most often an ID fact. Share of
+    them redirected to ID facts and to OOD facts, at the site best for ID facts, in queries answered
+    rightly; beside it all ID + OOD queries, whose hop 2 is an OOD fact, too (Findings 1, 2)."""
+    yield ["run", "weights", "seeds", "OOD answer", "ID + OOD answer", "OOD queries",
+           "donor, to ID facts", "donor, to OOD facts", "code, to ID facts", "code, to OOD facts"]
+    for name, runs in groups.items():
+        measured = [(run, read_json(run.folder / "facts.json")) for run in runs]
+        for stage in WEIGHTS:
+            found = [(run, maps[stage]["swapped"]) for run, maps in measured
+                     if maps and "swapped" in maps.get(stage, {})]
+            if found:
+                answers = (spread([answered_at(run, stage, split) for run, _ in found])
+                           for split in ("test_ood", "test_id_ood"))
+                shares = (spread([part[kind][i] for _, part in found if part[kind]])
+                          for kind in ("donor", "code") for i in (0, 1))
+                yield [name, stage, len(found), *answers,
+                       spread([part["queries"] for _, part in found], 0), *shares]
 
 
 def count(words):
@@ -660,12 +681,12 @@ def verdicts(groups):
            "differs",
            f"hidden from the lens; among the entities {inside_lens(natural)}",
            "--preset small --steps 15000"]
-    yield ["Fake grokking: answers without the bridge", "answer .97, bridge .65",
+    yield ["Fake grokking: answers, bridge not seen", "answer .97, bridge .65",
            f"answer {end(second, 'test_ood')}, bridge {end(second, 'test_ood', 'any')} (chance "
            f"{np.mean([last(run, 'test_ood', 'any_chance') for run in second]):.2f})", "holds",
            "as the lens sees it",
            "--preset small --regime second_full"]
-    yield ["... so there is no circuit", "no intervention",
+    yield ["... so no bridge is used", "no intervention",
            f"used: by code {used(second, 'code')}, by donor {used(second, 'other_r2')}",
            "differs", f"among the entities the lens sees {inside_lens(second)}", "analyze.py RUN"]
     yield ["The answer comes before the bridge: both_full", "37k steps, answer .92, bridge .003",
@@ -676,6 +697,10 @@ def verdicts(groups):
            f"maps alike {path_like(natural, 'before ID', 'grokked ID')}, ID and OOD "
            f"{path_like(natural, 'grokked ID', 'grokked OOD')}", "holds",
            "shuffled sites: see the table; OOD queries join the path", "extras.tables"]
+    yield ["Grokking folds OOD facts into the ID path", "argued",
+           f"swaps to OOD facts redirect {to_ood(natural, 'before')} before, "
+           f"{to_ood(natural, 'grokked')} grokked", "holds",
+           "naturally trained, by code: see what a swap asks for", "-m extras.facts RUN"]
     yield from more_verdicts(groups)
 
 
@@ -715,7 +740,7 @@ def more_verdicts(groups):
 def short_verdicts(groups):
     """The rows that the README begins with, as lines of Markdown."""
     rows = [*verdicts(groups)]
-    return [narrow(rows[i][:4]) for i in (1, 2, 3, 4, 9)]
+    return [narrow(rows[i][:4]) for i in (1, 2, 7, 3, 4, 10)]
 
 
 def narrow(row):
@@ -752,6 +777,12 @@ def used(runs, kind):
 def inside_lens(runs):
     """How often the bridge is the lens's first entity at one site, OOD queries, grokked."""
     return spread([entity_seen(run.paths["grokked"]["test_ood"]) for run in runs])
+
+
+def to_ood(runs, stage):
+    """Share of swaps by code, in OOD queries, that redirect to an OOD fact: see `swaps`."""
+    found = [read_json(run.folder / "facts.json")[stage]["swapped"] for run in runs]
+    return spread([part["code"][1] for part in found])
 
 
 def path_like(runs, one, two):
@@ -794,8 +825,8 @@ def extra_compositions(run):
 
 
 def worth_lines(groups):
-    """The README's table, as lines of Markdown."""
-    head, *rows = worth(groups)
+    """The README's table, without new + new, as lines of Markdown."""
+    head, *rows = [row[:-1] for row in worth(groups)]
     chosen = [rows[i] for i in (0, 1, 3, 5, 6)]
     return [narrow(row) for row in (head, ["---"] * len(head), *chosen)]
 
@@ -822,6 +853,7 @@ def page(root):
         "The stages (Finding 1)": (stages, choose(groups, "small/", "long/", "tiny/")),
         "The path of ID and OOD queries (Finding 1)": (likeness, looked),
         "Seen, present, used (Finding 2)": (paths, looked),
+        "What a swap asks for (Findings 1, 2)": (swaps, choose(groups, "small/")),
         "Which circuit, regime or seed?": (classes, choose(groups, "small/", "classes/", "late/")),
         "The two circuits apart": (by_class, choose(groups, "small/", "classes/", "late/")),
         "Which circuit, first weights or draws?": (draws, choose(groups, "draws/weights")),

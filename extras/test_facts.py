@@ -1,4 +1,5 @@
 """What extras/facts.py promises: `pytest extras/test_facts.py`."""
+import copy
 import json
 
 import numpy as np
@@ -24,6 +25,20 @@ def test_two_donors_of_one_bridge_tell_the_bridge_from_the_question(table):
     assert none == {"n": 0, "n_two": 0, "one": None, "bridge": None, "question": None}
 
 
+def test_swaps_to_ood_facts_are_counted_apart(table):
+    """A model that knows all facts is redirected to all, one that lost the OOD facts to none."""
+    model, world, asked = table
+    found = facts.swapped(model, world, asked, asked)
+    assert found["queries"] == len(asked.h) and found["n"][0] == 500 >= found["n"][1] > 100
+    assert found["donor"] == found["code"] == [1, 1]
+    forgot, (heads, relations, _) = copy.deepcopy(model), world.facts[world.is_ood].T
+    forgot.tails[heads, relations] = len(model.embedding) - 1
+    found = facts.swapped(forgot, world, asked, asked)
+    assert found["donor"] == found["code"] == [1, 0]
+    none = facts.swapped(model, world, asked, asked.take([]))
+    assert none == {"queries": 0, "n": [0, 0], "donor": [], "code": []}
+
+
 def test_the_command_writes_facts_of_every_weights(tmp_path):
     run = tmp_path / "run"
     assert grok.main(["--preset", "smoke", "--phi", "1", "--steps", "160", "--eval-every", "40",
@@ -32,7 +47,8 @@ def test_the_command_writes_facts_of_every_weights(tmp_path):
     found = json.loads((run / "facts.json").read_text(encoding="utf-8"))
     assert list(found) == ["before", "grokked"]
     for stage in found.values():
-        assert set(stage) == {"alone", "hop1", "hop2", "pair"} and len(stage["pair"]["one"]) == 3
+        assert set(stage) == {"alone", "hop1", "hop2", "pair", "swapped"}
+        assert len(stage["pair"]["one"]) == 3
     for name in grok.WEIGHTS.values():
         (run / name).unlink()
     assert facts.main([str(run)]) == 2                  # as a shipped run without its weights

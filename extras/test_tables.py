@@ -30,6 +30,22 @@ def test_the_verdicts_of_the_readme_are_those_of_the_shipped_files(groups):
         assert line in readme
 
 
+def test_grokking_folds_ood_facts_in_and_supervision_does_it_by_the_fit(groups):
+    head, *rows = tables.swaps(tables.choose(groups, "small/"))
+    shares = {}
+    for name, stage, *cells in rows:
+        shares[name, stage] = [float(cell.split()[0]) for cell in cells[4:]]
+    assert len(shares) == 10
+    donor_id, donor_ood, code_id, code_ood = shares["small/natural", "before"]
+    assert donor_ood == code_ood == 0 < 0.25 < min(donor_id, code_id)
+    donor_id, donor_ood, code_id, code_ood = shares["small/natural", "grokked"]
+    assert min(donor_id, code_id) > 0.95 > 0.7 > max(donor_ood, code_ood) > 0.4
+    for name in ("both_full", "second_full"):           # hop 2 supervised: ID and OOD alike
+        for stage in grok.WEIGHTS:
+            donor_id, donor_ood, code_id, code_ood = shares[f"small/{name}", stage]
+            assert abs(donor_id - donor_ood) < 0.05 and abs(code_id - code_ood) < 0.05, name
+
+
 def test_the_readme_shows_what_the_shipped_run_printed(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     grok.print_result(Path("runs/shipped/tiny/natural/seed0"))
@@ -282,8 +298,8 @@ def test_a_block_drawn_afresh_takes_in_more_and_an_embedding_does_not(groups):
         assert served[part][1] > served["everything"][1] + 0.1     # what was kept helps hop 2
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     fresh = next(tables.narrow(cells) for part, seeds, *cells in rows if part == "mlp")
-    said = "serve {} as hop 1, {} as hop 2 (*before*: {:.2f}, {:.2f};".format(
-        *fresh.strip("| ").split(" | ")[:2], *served["mlp, before"][:2])
+    said = "serve {} as hop 1, {} as hop 2; kept, {:.2f} and {:.2f} (".format(
+        *fresh.strip("| ").split(" | ")[:2], *served["nothing"][:2])
     assert said in readme
     for one, other in zip(groups["fresh/mlp"], groups["fresh/mlp_before"]):     # what the wait buys
         assert tables.last(one, "old_new") > tables.last(other, "old_new")
