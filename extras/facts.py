@@ -16,8 +16,8 @@ alone and hop2 are, as hop 2. And when is hop 1 looked up? "pair" swaps the stat
 question donors A (for h) and B (for r1) share a bridge: does the fact (h of A, r1 of B) decide?
 bridge   or does the bridge that both came with?
 
-A swap in an OOD query asks for (donor's bridge, r2), most often an ID fact. "swapped" takes swaps
-that ask for ID facts, and for OOD facts: these alone show an OOD fact as hop 2 of a swapped bridge.
+A swap asks for the fact (donor's bridge, r2), in OOD queries, too, most often an ID fact. "swapped"
+parts swaps that ask for ID facts and for OOD facts: only these show an OOD fact as hop 2.
 
 After fine-tuning on new facts, "mended" denoises: into wrong answers the value of an old
 composition with the right bridge is put. If that mends them, hop 1 had failed. "asked_alone"
@@ -97,26 +97,28 @@ def pair_swap(model, world, clean, at_h, at_r1):
 
 
 def swapped(model, world, known, pool, n=500):
-    """Does a swap in the OOD queries `pool`, answered rightly, redirect to ID and OOD facts alike?
+    """Does a swap in queries answered rightly, `pool`, redirect to ID and OOD facts alike?
 
     {"queries": how many these are, "n": [swaps that ask for an ID fact, for an OOD fact], up to n
-     each, "donor", "code": [share redirected to the ID fact, to the OOD fact], at the site where
-     most are to ID facts, [] if there are none}; codes are from the ID queries `known`.
+     each, "facts": [how many ID facts these are, OOD facts], "donor", "code": [share redirected to
+     the ID fact, to the OOD fact], at the site where most are to ID facts, [] if there are none};
+     codes are from the ID queries `known`.
     """
     rng, layout, E = np.random.default_rng(0), model.config.layout, world.n_entities
     clean = pool.take(rng.integers(0, len(pool.h), 8 * n if len(pool.h) else 0))
     clean, donor, predicted = other_r2(world, clean, pool, rng)
     code = codes(model, to_tokens(known, world, layout)[0], torch.from_numpy(known.b), E)
-    is_ood = world.is_ood[world.index[donor.b, clean.r2]]
-    found = {"queries": len(pool.h), "n": [], "donor": [], "code": []}
+    asked = world.index[donor.b, clean.r2]                              # (N,) fact numbers
+    found = {"queries": len(pool.h), "n": [], "facts": [], "donor": [], "code": []}
     maps = {"donor": [], "code": []}                                    # each [ID, OOD]
     for kind in (False, True):
-        rows = np.flatnonzero(is_ood == kind)[:n]
+        rows = np.flatnonzero(world.is_ood[asked] == kind)[:n]
         c, d, wanted = clean.take(rows), donor.take(rows), torch.from_numpy(predicted[rows])
         tokens, ours, theirs = prepared(model, world, c, d)
         maps["donor"].append(patch_map(model, tokens, theirs, wanted))
         maps["code"].append(moved(model, tokens, ours, code, c.b, d.b, wanted))
         found["n"].append(len(rows))
+        found["facts"].append(len(np.unique(asked[rows])))
     for name, (to_id, to_ood) in maps.items():
         if all(found["n"]):
             to_id, to_ood = (np.array(shares["redirected"]) for shares in (to_id, to_ood))
@@ -139,6 +141,18 @@ def mended(model, world, asked, old, n=500):
         return {"n": 0, "share": None, "mixed": None}
     shares = np.array(found["redirected"])                              # (n_loops, 2, T)
     return {"n": found["n"], "share": float(shares.max()), "mixed": float(shares[:, 0, 2].max())}
+
+
+def guessed(world, splits):
+    """{kind: share right} of compositions with new facts if the answer is the one that r2 had most
+    often in training: it takes no hop 1, and no new fact."""
+    trained, found = splits["train_inferred"], {}
+    counts = np.zeros((world.n_relations, world.n_entities))
+    np.add.at(counts, (trained.r2, trained.t), 1)
+    for kind in ("new_old", "old_new", "new_new"):
+        asked = splits[kind]
+        found[kind] = means(counts.argmax(1)[asked.r2] == asked.t)
+    return found
 
 
 def held_out(model, world, splits):
@@ -228,10 +242,13 @@ def measure(model, world, splits, start=None):
     parts = [splits[name] for name in ("id_atomic", "ood_atomic")]
     facts = type(parts[0])(*map(np.concatenate, zip(*parts)))
     asked = right_only(model, world, splits["test_id"])
-    ood = right_only(model, world, splits["test_ood"])
+    known, other = (splits["test_id"].take(slice(first, 4000, 2)) for first in (0, 1))
+    pools = {"test_id": other, "test_ood": splits["test_ood"]}
     return {**shared_places(model, world, facts, asked),
             "pair": pair_of_states(model, world, asked, n=500),
-            "swapped": swapped(model, world, some["test_id"], ood)}
+            "swapped": {split: swapped(model, world, known, right_only(model, world, pool))
+                        for split, pool in pools.items()}}
+
 
 
 def begun_as(folder):

@@ -1,6 +1,6 @@
 """Which part of the weights decides? Two models, one part exchanged.
 
-    python -m extras.graft ONE OTHER -o ROOT           which circuit comes?
+    python -m extras.graft ONE OTHER -o ROOT           which form comes?
     python -m extras.graft RUN FIRST -o ROOT --tune    what do new facts serve?
 
 ONE and OTHER are run folders that differ in their seed and hold their first weights, as those of

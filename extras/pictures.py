@@ -10,7 +10,6 @@ band goes from the least to the most.
 import argparse
 import io
 import sys
-import zipfile
 from itertools import chain, product
 from pathlib import Path
 
@@ -24,15 +23,16 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
 
-from analyze import (codes, draw_map, logit_lens, map_at, other_r2, PARTS, patch_map, places,
-                     values_of)
+from analyze import (codes, draw_map, fit, logit_lens, map_at, means, other_r2, PARTS, patch_map,
+                     places, read, values_of)
 from data import BadInput
-from extras.tables import last, read_groups, until, wilson
+from extras.tables import by_r2, FILMED, last, read_frames, read_groups, until, wilson
 from grok import (begin, build_data, Config, first_step, read_run, say, say_progress, to_tokens,
                   write_file)
 
 WIDTH = 8.0  # inches
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "0.45"  # told apart by the colour-blind, and in grey
+# told apart by the colour-blind, and in grey
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "0.45"
 NAMES = {"natural": "natural", "both_full": "both hops supervised",
          "first_full": "first hop supervised", "second_full": "second hop supervised",
          "both_half": "half of both supervised"}
@@ -67,9 +67,14 @@ def draw_curve(axes, runs, split, lens=None, **style):
     steps = sorted(set.intersection(*(set(found) for found in curves)))
     if not steps:
         return np.nan
-    shares = np.array([list(map(found.get, steps)) for found in curves])     # (seeds, steps)
+    return draw_band(axes, steps, [list(map(found.get, steps)) for found in curves], **style)
+
+
+def draw_band(axes, steps, shares, **style):
+    """Mean and band of shares (seeds, steps); returns the last mean."""
+    shares = np.array(shares)
     axes.plot(steps, shares.mean(0), **style)
-    if len(runs) > 1:
+    if len(shares) > 1:
         axes.fill_between(steps, shares.min(0), shares.max(0), color=style["color"], alpha=0.2,
                           linewidth=0)
     return shares[:, -1].mean()
@@ -77,7 +82,7 @@ def draw_curve(axes, runs, split, lens=None, **style):
 
 def stage_lines(axes, runs):
     """Training, bridge seen with its chance, OOD answer; {label: last mean} for `label_ends`."""
-    draw_curve(axes, runs, "test_ood", "any_chance", color=ORANGE, lw=0.8, ls=":")
+    draw_curve(axes, runs, "test_ood", "any_chance", color="0.2", lw=1, ls=":")
     return {"training\ncompositions": (GREY, draw_curve(axes, runs, "train_inferred", color=GREY,
                                                         lw=1.6, ls="--")),
             "bridge seen,\nOOD (lens)": (ORANGE, draw_curve(axes, runs, "test_ood", "any",
@@ -258,6 +263,24 @@ def hero(run):
     return figure
 
 
+def probed(runs):
+    """Filmed runs: the stages, and the bridge of OOD queries as a probe reads it at the best site."""
+    figure = Figure((WIDTH, 3.3), layout="constrained")
+    axes = figure.subplots()
+    ends = stage_lines(axes, runs)
+    filmed = [read_frames(run.folder / "frames.npz") for run in runs]
+    S = min(len(frames["step"]) for frames in filmed)
+    present = [frames["probe"][:S].max((1, 2, 3)) for frames in filmed]      # (seeds, S)
+    ends["bridge present,\nOOD (probe)"] = GREEN, draw_band(
+        axes, filmed[0]["step"][:S], present, color=GREEN, lw=1.6, ls="-.")
+    shares_up(axes, steps_of(runs))
+    label_ends(axes, ends)
+    axes.set_ylabel("share of queries", fontsize=8.5)
+    axes.set_title("{preset}, {regime}: ".format(**runs[0].about) + "mean and range of "
+                   f"{seeds_of({'': runs})}; dots: seen by chance", fontsize=10)
+    return figure
+
+
 def regimes(groups):
     """The curves of the regimes, {regime: runs}, one panel each."""
     figure = Figure((WIDTH, 4.6), layout="constrained")
@@ -271,7 +294,7 @@ def regimes(groups):
     grid[-1].legend(handles=[
         Line2D([], [], color=GREY, ls="--", lw=1.6, label="training compositions"),
         Line2D([], [], color=ORANGE, lw=1.6, label="bridge seen at any state, OOD"),
-        Line2D([], [], color=ORANGE, lw=0.8, ls=":", label="the same by chance"),
+        Line2D([], [], color="0.2", lw=1, ls=":", label="the same by chance"),
         Line2D([], [], color=BLUE, lw=2.6, label="OOD answer")], loc="center", fontsize=8.5,
         frameon=False)
     preset = next(iter(groups.values()))[0].about["preset"]
@@ -412,14 +435,17 @@ def tuned_of(groups):
 
 
 def tuned(found):
-    """Compositions with new facts while fine-tuning, one panel a kind; see `tuned_of`."""
+    """Compositions with new facts while fine-tuning, one panel a kind; see `tuned_of`. A thin
+    line: what r2 alone gives, see `r2_alone` of tables."""
     figure = Figure((WIDTH, 2.3 * len(found) + 0.9), layout="constrained")
     grid = figure.subplots(len(found), 3, sharey=True, squeeze=False)
     for (kept, starts), line in zip(found.items(), grid):
-        some = next(iter(starts.values()))[0].about["world"]["kept"]
+        one = next(iter(starts.values()))[0]
+        some = one.about["world"]["kept"]
         line[0].set_ylabel("all old facts kept" if kept == "all"
                            else f"{100 * some:.0f} % of old facts kept", fontsize=8.5)
-        for (split, kind), axes in zip(KINDS.items(), line):
+        for (split, kind), guess, axes in zip(KINDS.items(), by_r2(one), line):
+            axes.axhline(float(guess), color="0.2", lw=0.8)
             for key, runs in starts.items():
                 color, dashes, _ = STARTS[key]
                 draw_curve(axes, runs, split, color=color, ls=dashes, lw=2)
@@ -427,8 +453,9 @@ def tuned(found):
             axes.set_title(kind, fontsize=9.5)
     shown = set().union(*found.values())
     figure.legend(handles=[Line2D([], [], color=color, ls=dashes, lw=2, label=name)
-                           for key, (color, dashes, name) in STARTS.items() if key in shown],
-                  loc="outside lower center", ncols=4, fontsize=8.5, frameon=False)
+                           for key, (color, dashes, name) in STARTS.items() if key in shown]
+                  + [Line2D([], [], color="0.2", lw=0.8, label="r2 alone")],
+                  loc="outside lower center", ncols=5, fontsize=8.5, frameon=False)
     runs = dict(enumerate(chain.from_iterable(starts.values() for starts in found.values())))
     figure.suptitle("Share of compositions with new facts that are right, while fine-tuning: mean "
                     f"and range of {seeds_of(runs)}", fontsize=10)
@@ -443,10 +470,11 @@ MAPS = {"bridge": "seen: bridge\nis top-1", "entity": "seen: bridge is top\namon
 def film(folder, n=100):
     """Train the run of a folder anew, on one thread of the CPU, and write frames.npz into it.
 
-    "step" (S,), one an evaluation; "bridge", "entity", "code": maps (S, n_loops, 2, T) of the share
-    of up to n OOD queries in which the bridge is top-1, is top among the entities, and in which the
-    code of a donor's bridge in place of their own redirects the answer; "n". Raises BadInput if the
-    run does not end as its metrics.jsonl says.
+    "step" (S,), one an evaluation; "bridge", "entity", "probe", "code": maps (S, n_loops, 2, T) of
+    the share of up to n OOD queries in which the bridge is top-1, is top among the entities, is
+    read by a probe fitted on ID queries, and in which the code of a donor's bridge in place of
+    their own redirects the answer; "n". Raises BadInput if the run does not end as its
+    metrics.jsonl says.
     """
     about, history = read_run(folder)
     world, splits = build_data(about, folder)
@@ -469,7 +497,7 @@ def film(folder, n=100):
     compare(folder, trainer.history, history)
     content = io.BytesIO()
     maps = {}
-    for name in MAPS:
+    for name in FILMED:
         maps[name] = np.array([found[name] for found in frames], np.float32)
     np.savez_compressed(content, n=len(swapped[2]), step=[line["step"] for line in trainer.history],
                         **maps)
@@ -477,8 +505,8 @@ def film(folder, n=100):
 
 
 def frame(model, world, known, clean, donor, predicted):
-    """{"bridge", "entity", "code"}: the maps of `film` for one moment; codes are those of the ID
-    queries `known`."""
+    """{"bridge", "entity", "code", "probe"}: the maps of `film` for one moment; codes and probe are
+    those of the ID queries `known`."""
     tokens, _ = to_tokens(clean, world, model.config.layout)
     known_tokens, _ = to_tokens(known, world, model.config.layout)
     code = codes(model, known_tokens, torch.from_numpy(known.b), world.n_entities)
@@ -486,6 +514,8 @@ def frame(model, world, known, clean, donor, predicted):
     bridges, found = torch.from_numpy(clean.b)[:, None], {}
     for name, first in (("bridge", None), ("entity", world.n_entities)):
         found[name] = (logit_lens(model, tokens, first) == bridges).float().mean(2).tolist()
+    weights = fit(model, known_tokens, torch.eye(world.n_entities)[torch.from_numpy(known.b)])
+    found["probe"] = means(read(model, tokens, weights).argmax(-1) == bridges[:, 0])
     found["code"] = patch_map(model, tokens, new, torch.from_numpy(predicted))["redirected"]
     return found
 
@@ -534,15 +564,6 @@ def draw_sites(axes, values, title):
     axes.set_title(title, fontsize=8.5)
 
 
-def read_frames(path):
-    """What `film` wrote."""
-    try:
-        with np.load(path) as saved:
-            return {name: saved[name] for name in ("step", "n", *MAPS)}
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        raise BadInput(f"{path}: is damaged, or is not what this file should be")
-
-
 def palette():
     """An image with the colors of a scene: those of the lines, fading to white, and of the maps."""
     fading = np.linspace(0, 1, 16)[:, None]
@@ -572,12 +593,13 @@ def choose(groups):
     """{file: (what draws it, from what, which is empty if the runs are not there)}."""
     runs = chain.from_iterable(groups.values())
     filmed = [run for run in runs if (run.folder / "frames.npz").exists()]
+    natural = [run for run in filmed if run.about["regime"] == "natural"]
     quick = groups.get("tiny/natural") or groups.get("small/natural") or []
     measured = regimes_of(groups, "small", "cells")
     half = {regime: measured[regime] for regime in ("both_half", "first_full", "second_full")
             if regime in measured}
-    return {"task.png": (task, Config().n_loops), "grokking.gif": (moving, filmed and filmed[0]),
-            "hero.png": (hero, quick and quick[0]),
+    return {"task.png": (task, Config().n_loops), "grokking.gif": (moving, filmed and filmed[-1]),
+            "hero.png": (hero, quick and quick[0]), "stages.png": (probed, natural),
             "seen_used.png": (seen_used, regimes_of(groups, "small", "paths")),
             "cells.png": (cells, half), "tuned.png": (tuned, tuned_of(groups)),
             "regimes.png": (regimes, regimes_of(groups, "small"))}

@@ -9,7 +9,10 @@ import argparse
 import json
 import re
 import sys
+import zipfile
 from collections import Counter, namedtuple
+from dataclasses import asdict
+from functools import lru_cache
 from itertools import chain, product
 from operator import attrgetter
 from pathlib import Path
@@ -18,10 +21,11 @@ import numpy as np
 
 import analyze
 from analyze import circuit, EXAMINED, map_at, places, predict
-from data import BadInput, queries, REGIMES
+from data import BadInput, queries, REGIMES, WorldConfig
+from extras.facts import guessed
 from extras.graft import FRESH, PARTS
-from grok import (build_data, first_step, LENGTH, load_run, read_run, say, to_tokens, WEIGHTS,
-                  write_file)
+from grok import (build_data, first_step, LENGTH, load_run, PRESETS, read_run, say, to_tokens,
+                  WEIGHTS, write_file)
 
 Run = namedtuple("Run", "folder about history paths cells")  # paths, cells: None if not measured
 LEVELS = (0.5, 0.9, 0.95)
@@ -30,9 +34,19 @@ TUNED = "new_atomic", *SERVED, "old_atomic", "old_inferred"
 
 
 # ---------------------------------------------------------------- reading runs
+class Absent(KeyError):
+    """A table needs runs, or a file of a run, that are not there."""
+
+
+class Groups(dict):
+    """{name: [Run, ...]}, that says which group is not there."""
+    def __missing__(self, name):
+        raise Absent(name)
+
+
 def read_groups(root):
     """{name: [Run, ...]}, a Run a seed, of all runs below a folder, in the order of their names."""
-    groups, seen = {}, {}
+    groups, seen = Groups(), {}
     folders = sorted(path.parent for path in Path(root).rglob("config.json"))
     for folder in folders:
         about, history = read_run(folder)
@@ -120,14 +134,48 @@ def milestones(runs, split, lens=None):
 
 
 def tuned(groups):
-    """New facts (Finding 3): what is right at the end of fine-tuning, and half way."""
+    """New facts (Finding 3): what is right at the end of fine-tuning, and half way; last, what r2
+    alone gives of new + old, old + new, new + new. One draw of new facts for all."""
     yield ["run", "seeds", "step", "new facts", "new + old", "old + new", "new + new",
-           "old facts", "old compositions"]
+           "old facts", "old compositions", "r2 alone"]
     for name, runs in groups.items():
         for part in (0.3, 1):
             step = round(part * runs[0].history[-1]["step"])
             then = [until(run, step) for run in runs]
-            yield [name, len(runs), step, *(end(then, split) for split in TUNED)]
+            yield [name, len(runs), step, *(end(then, split) for split in TUNED),
+                   " / ".join(by_r2(runs[0]))]
+
+
+@lru_cache(maxsize=None)
+def guesses(config, regime="natural"):
+    """`guessed` in the world of a WorldConfig with new facts."""
+    return guessed(*build_data({"world": asdict(config), "regime": regime}))
+
+
+def by_r2(run):
+    """What r2 alone gives in the world of a run, a cell a kind of SERVED: see `r2_alone`."""
+    if "data" in run.about:
+        found = guessed(*build_data(run.about, run.folder))
+    else:
+        found = guesses(WorldConfig(**run.about["world"]), run.about["regime"])
+    return ["" if share is None else f"{share:.2f}" for share in found.values()]
+
+
+def r2_alone(groups):
+    """Compositions with new facts given the answer that r2 had most often in training: it takes no
+    hop 1 and no new fact. Kept facts are few a relation, so it is often right of new + old. Five
+    draws of the world; in that of the paper, as its code keeps old facts, and as its text does."""
+    yield ["world", "old facts kept", "new + old", "old + new", "new + new"]
+    ours = groups["tune/small_natural_grokked"][0].about["world"]
+    theirs = {**PRESETS["paper"][1], "new_facts": 2000}
+    for world, words, kept, whole in (
+            (ours, "as in tune", ours["kept"], False), (ours, "with all compositions", 0.21, True),
+            (ours, "all", 1.0, False), (theirs, "220, with all compositions", 220 / 38000, True),
+            (theirs, "8,000", 8000 / 38000, False)):
+        drawn = {**world, "kept": kept, "whole_rows": whole}
+        found = [guesses(WorldConfig(**{**drawn, "data_seed": seed})) for seed in range(5)]
+        yield ["small" if world is ours else "paper", words,
+               *(spread([shares[kind] for shares in found]) for kind in SERVED)]
 
 
 # ---------------------------------------------------------------- tables of what is inside
@@ -137,7 +185,7 @@ def paths(groups):
     yield ["run", "weights", "queries", "answered", "seen anywhere (chance)", "seen, best site",
            "seen among entities", "present", "translated to its token", "used: a donor",
            "used: its code", "used: its token's direction", "probe's subspace", "all but that",
-           "across ID and OOD", "circuit"]
+           "across ID and OOD", "used where"]
     for name, runs in groups.items():
         for stage in WEIGHTS:
             for split, short in EXAMINED.items():
@@ -182,23 +230,23 @@ def circuit_name(found):
 
 
 def swaps(groups):
-    """What swaps in OOD queries ask for: (donor's bridge, r2) is most often an ID fact. Share of
-    them redirected to ID facts and to OOD facts, at the site best for ID facts, in queries answered
-    rightly; beside it all ID + OOD queries, whose hop 2 is an OOD fact, too (Findings 1, 2)."""
-    yield ["run", "weights", "seeds", "OOD answer", "ID + OOD answer", "OOD queries",
+    """A swap asks for (donor's bridge, r2): in OOD queries, too, most often an ID fact. Share of
+    the swaps redirected to ID facts and to OOD facts, at the site best for ID facts, in queries
+    answered rightly. Before, few OOD ones are, and few facts asked (Findings 1, 2)."""
+    yield ["run", "weights", "queries", "seeds", "answered rightly", "OOD facts asked",
            "donor, to ID facts", "donor, to OOD facts", "code, to ID facts", "code, to OOD facts"]
     for name, runs in groups.items():
-        measured = [(run, read_json(run.folder / "facts.json")) for run in runs]
+        measured = [read_json(run.folder / "facts.json") for run in runs]
         for stage in WEIGHTS:
-            found = [(run, maps[stage]["swapped"]) for run, maps in measured
-                     if maps and "swapped" in maps.get(stage, {})]
-            if found:
-                answers = (spread([answered_at(run, stage, split) for run, _ in found])
-                           for split in ("test_ood", "test_id_ood"))
-                shares = (spread([part[kind][i] for _, part in found if part[kind]])
-                          for kind in ("donor", "code") for i in (0, 1))
-                yield [name, stage, len(found), *answers,
-                       spread([part["queries"] for _, part in found], 0), *shares]
+            for split, short in EXAMINED.items():
+                found = [maps[stage]["swapped"][split] for maps in measured
+                         if maps and "swapped" in maps.get(stage, {})]
+                if found:
+                    shares = (spread([part[kind][i] for part in found if part[kind]])
+                              for kind in ("donor", "code") for i in (0, 1))
+                    yield [name, stage, short, len(found),
+                           spread([part["queries"] for part in found], 0),
+                           spread([part["facts"][1] for part in found], 0), *shares]
 
 
 def count(words):
@@ -208,7 +256,7 @@ def count(words):
 
 
 def classes(groups):
-    """Which circuit each seed has when the training is just fitted (ID queries): regime or seed?
+    """Which form each seed's bridge has when the training is just fitted (ID queries): regime or seed?
     "entity": at one site the bridge is the first entity in half of them or more; "code": it is not,
     but by code a swap redirects .4 or more; "neither". "Then": what it is at the end, if that is
     another, half as long after the fit or later (not asked of the last two rows). other_world:
@@ -224,12 +272,13 @@ def classes(groups):
             words[run.about["model"]["seed"]] = f"{kind}, then {last}" if moved else kind
             if kind != "not fitted":
                 fitted.append(kind == "entity")
-        yield [regime, *(words.get(seed, "") for seed in range(8)), of_seeds(fitted)]
+        if words:
+            yield [regime, *(words.get(seed, "") for seed in range(8)), of_seeds(fitted)]
 
 
 def by_class(groups):
-    """The two circuits apart, at the fit, OOD queries: means only over seeds of one class."""
-    yield ["regime", "circuit", "seeds", "OOD answer", "seen anywhere", "seen among entities",
+    """The two forms apart, at the fit, OOD queries: means only over seeds of one class."""
+    yield ["regime", "form", "seeds", "OOD answer", "seen anywhere", "seen among entities",
            "present", "used: a donor", "used: its code", "used: its token's direction"]
     for regime in ("both_full", "both_half", "first_full", "second_full", "natural"):
         runs = runs_of(groups, regime)
@@ -237,10 +286,11 @@ def by_class(groups):
             some = [run for run in runs if class_of(run) == kind]
             found = [run.paths["before"]["test_ood"] for run in some]
             seen = [maps["lens"]["state"]["bridge"]["any"] for maps in found]
-            yield [regime, kind, len(some), at_fit(some), spread(seen),
-                   spread([entity_seen(maps) for maps in found]),
-                   spread([np.max(maps["probe"]) for maps in found]),
-                   *(most(found, patch) for patch in ("other_r2", "code", "visible"))]
+            if some:
+                yield [regime, kind, len(some), at_fit(some), spread(seen),
+                       spread([entity_seen(maps) for maps in found]),
+                       spread([np.max(maps["probe"]) for maps in found]),
+                       *(most(found, patch) for patch in ("other_r2", "code", "visible"))]
 
 
 def runs_of(groups, regime):
@@ -253,7 +303,7 @@ def runs_of(groups, regime):
 
 
 def draws(groups):
-    """Which circuit, with the first weights of one seed and the draws of another (both_full)?"""
+    """Which form, with the first weights of one seed and the draws of another (both_full)?"""
     yield ["first weights of", *(f"draws of seed {seed}" for seed in range(4))]
     for name, runs in groups.items():
         kinds = {run.about["model"]["seed"]: class_of(run) for run in runs}
@@ -261,7 +311,7 @@ def draws(groups):
 
 
 def grafts(groups):
-    """Which circuit, with one part of the first weights exchanged between seeds 0 and 2?"""
+    """Which form, with one part of the first weights exchanged between seeds 0 and 2?"""
     yield ["part", "seed 0 with that of seed 2", "seed 2 with that of seed 0"]
     for part in PARTS:
         pair = [groups.get(f"graft/{part}_of_{name}") for name in ("2_in_0", "0_in_2")]
@@ -399,6 +449,51 @@ def cells(groups):
                        spread([c["right_known"] for c in here if c["n_known"]])]
 
 
+FILMED = "bridge", "entity", "code", "probe"  # maps of frames.npz: see `film` of extras.pictures
+
+
+def read_frames(path):
+    """What `film` of extras.pictures wrote."""
+    try:
+        with np.load(path) as saved:
+            return {name: saved[name] for name in ("step", "n", *FILMED)}
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        raise BadInput(f"{path}: is damaged, or is not what this file should be")
+
+
+def filmed(groups):
+    """When the bridge of OOD queries is there, where the lens may be blind: read by a probe at the
+    best site, used by its code, of 100 OOD queries at every evaluation; beside training and answer
+    (Finding 1; `python -m extras.pictures --frames RUN`)."""
+    yield ["run", "seeds", "training >= .99", "used: its code >= .5 / .9",
+           "present: a probe >= .5 / .9", "answer when present >= .5", "OOD + ID >= .5",
+           "ID + OOD >= .5", "OOD answer >= .25 / .5", "OOD answer, end", "seen at a site, most"]
+    for name, runs in groups.items():
+        runs = [run for run in runs if (run.folder / "frames.npz").exists()]
+        if runs:
+            frames = [read_frames(run.folder / "frames.npz") for run in runs]
+            answer = " / ".join(steps_to(runs, level) for level in (0.25, 0.5))
+            seen = spread([found["bridge"].max() for found in frames])
+            yield [name, len(runs), steps_to(runs, 0.99, "train_inferred"),
+                   *(" / ".join(spread([first_frame(found, kind, level) for found in frames], 0)
+                                for level in (0.5, 0.9)) for kind in ("code", "probe")),
+                   answer_then(runs, frames),
+                   *(steps_to(runs, 0.5, split) for split in ("test_ood_id", "test_id_ood")),
+                   answer, end(runs, "test_ood"), seen]
+
+
+def first_frame(frames, kind, level):
+    """The first step at which the best site of a map has a share >= level, or None."""
+    reached = np.flatnonzero(frames[kind].max((1, 2, 3)) >= level)
+    return int(frames["step"][reached[0]]) if len(reached) else None
+
+
+def answer_then(runs, frames):
+    """The OOD answer at the first step at which a probe reads half of the bridges."""
+    steps = [first_frame(found, "probe", 0.5) for found in frames]
+    return spread([last(until(run, step), "test_ood") for run, step in zip(runs, steps) if step])
+
+
 def measure_cells(root):
     """Write cells.json beside the weights of every run that supervises OOD facts in part."""
     for folder in sorted(path.parent for path in Path(root).rglob("after.pt")):
@@ -444,7 +539,7 @@ def pair_cells(found):
 
 
 def new_by_class(groups):
-    """Does the circuit decide what new facts serve? Fine-tuned from each seed's weights; the class
+    """Does the form of the bridge decide what new facts serve? Fine-tuned from each seed's weights; the class
     is that at the fit. Grokked: after 3,000 steps, of seeds 3 to 7 half as long after the fit or
     later. k: compositions trained for each new fact and hop, 2,000 steps."""
     starts = {  # its regime, the runs
@@ -454,15 +549,15 @@ def new_by_class(groups):
         "second_full, grokked": ("second_full", "small_second_full_grokked", "classes_second_full",
                                  "late_second_full"),
         "natural, grokked, k = 4": ("natural", "flat_natural_grokked_k4")}
-    yield ["start", "circuit", "seeds", "new + old", "old + new", "new + new"]
+    yield ["start", "form", "seeds", "new + old", "old + new", "new + new"]
     for start, (regime, *names) in starts.items():
         kinds = {run.about["model"]["seed"]: class_of(run) for run in runs_of(groups, regime)}
         runs = chain.from_iterable(groups.get(f"tune/{name}", []) for name in names)
         runs = [(kinds.get(run.about["model"]["seed"]), run) for run in runs]
         for word in ("entity", "code"):
             some = [run for kind, run in runs if kind == word]
-            yield [start, word, len(some),
-                   *(end(some, split) for split in SERVED)]
+            if some:
+                yield [start, word, len(some), *(end(some, split) for split in SERVED)]
 
 
 def failing(groups):
@@ -536,6 +631,7 @@ def earlier(groups):
     token, or the answer alone."""
     yield ["start", "graded", "in loops", "seeds", "new + old", "old + new", "new + new",
            "old compositions"]
+    yield ["r2 alone", "", "", "", *by_r2(groups["tune/small_natural_grokked"][0]), ""]
     for start in ("natural_before", *(f"{regime}_grokked" for regime in REGIMES)):
         for graded, loops, kind in (("sequence", "4", "small"), ("sequence", "3, 4", "early"),
                                     ("answer", "4", "answer"), ("answer", "3, 4", "early_answer")):
@@ -547,20 +643,33 @@ def earlier(groups):
 
 def at_length(groups):
     """New facts at length, a fifth of the old ones kept: at step 400, then the median of those from
-    4,000 to 6,000, as the loss has spikes and one evaluation may fall into one. Held out: old
-    compositions of two kept facts that no training showed, by the weights at the end."""
+    4,000 to 6,000, as the loss has spikes and one evaluation may fall into one. Ahead: seeds that
+    end with more of new + old than of old + new beyond what r2 alone gives, 0 that much and 1 all.
+    Held out: old compositions of two kept facts that no training showed, at the end."""
     yield ["start", "seeds", "new + old, at 400", "old + new, at 400", "new + old, late",
-           "old + new, late", "new + new, late", "old facts, late", "held out", "of"]
+           "old + new, late", "new + new, late", "new + old ahead", "old facts, late", "held out",
+           "of"]
+    guess = by_r2(groups["tune/small_natural_grokked"][0])
+    yield ["r2 alone", "", *guess[:2], *guess, "", "", "", ""]
     for start in ("scratch", "natural_before", *(f"{regime}_grokked" for regime in REGIMES)):
         runs = groups.get(f"tune/flat_{start}", [])
         if runs:
             early = [until(run, 400) for run in runs]
             row = [end(early, split) for split in SERVED[:2]]
-            for split in (*SERVED, "old_atomic"):
+            for split in SERVED:
                 row.append(spread([late(run, split) for run in runs]))
-            held = [read_json(run.folder / "facts.json")["grokked"]["held_out"] for run in runs]
+            row += [sum(map(hop1_ahead, runs)), spread([late(run, "old_atomic") for run in runs])]
+            held = [facts_of(run)["grokked"]["held_out"] for run in runs]
             yield [", ".join(start.rsplit("_", 1)), len(runs), *row,
                    spread([part["right"] for part in held]), sum(part["n"] for part in held)]
+
+
+def hop1_ahead(run):
+    """Whether new + old is ahead of old + new beyond what r2 alone gives, late."""
+    beyond = []
+    for split, guess in zip(SERVED, map(float, by_r2(run))):
+        beyond.append((late(run, split) - guess) / (1 - guess))
+    return bool(beyond[0] > beyond[1])
 
 
 def late(run, split):
@@ -574,6 +683,7 @@ def fresh(groups):
     before), one part of its weights drawn afresh, after 6,000 steps on new facts, all old facts
     kept."""
     yield ["drawn afresh", "seeds", "new + old", "old + new", "new + new"]
+    yield ["r2 alone", "", *by_r2(groups["tune/small_natural_grokked_all"][0])]
     starts = {"nothing": "tune/flat_natural_grokked_all",
               **{part: f"fresh/{part}" for part in FRESH}, "everything": "tune/flat_scratch_all",
               "nothing_before": "tune/flat_natural_before_all"}
@@ -600,7 +710,7 @@ def dials(groups):
     yield ["run", "seeds", "steps", "training >= .99", "OOD answer >= .5 / .95", "OOD facts",
            "OOD answer", "seen, best site", "seen among entities", "present", "used: a donor",
            "used: its code",
-           "used: its token's direction", "circuit of OOD queries", "ID before and grokked alike",
+           "used: its token's direction", "used where, OOD queries", "ID before and grokked alike",
            "new + old", "old + new", "new + new"]
     for name, runs in groups.items():
         if not name.startswith("tune/"):
@@ -625,14 +735,14 @@ def dial_row(runs):
 def per_fact(groups):
     """How many compositions a new fact needs as each hop: k trained for each, at both hops. At
     8 no new + old is left to ask: with a fifth of the old facts kept, a new one has no more."""
-    yield ["k", "steps", "new + old", "old + new", "new + new"]
+    yield ["k", "steps", "new + old", "old + new", "new + new", "r2 alone"]
     for length in ("small", "flat"):
         for k in (0, 1, 2, 4, 8):
             runs = groups.get(f"tune/{length}_natural_grokked" + (f"_k{k}" if k else ""), [])
             runs = [until(run, 2000) for run in runs]
             if runs:
-                yield [k, runs[0].history[-1]["step"],
-                       *(end(runs, split) for split in SERVED)]
+                yield [k, runs[0].history[-1]["step"], *(end(runs, split) for split in SERVED),
+                       " / ".join(by_r2(runs[0]))]
 
 
 def growth(groups):
@@ -673,26 +783,26 @@ def verdicts(groups):
     yield ["Full supervision gets there sooner", "answer .9 at 37k steps, natural never",
            f"{steps_to(both, 0.9)} steps; natural {steps_to(groups['long/natural'], 0.9)} by "
            "15,000", "holds",
-           "the circuits are alike", "--preset small --regime both_full"]
-    yield ["Natural: training, then bridge, then answer",
-           "106k, 311k steps; answer .68",
-           f"answer {end(groups['long/natural'], 'test_ood')} after 15,000 steps, bridge "
-           f"{end(groups['long/natural'], 'test_ood', 'any')}",
-           "differs",
-           f"hidden from the lens; among the entities {inside_lens(natural)}",
-           "--preset small --steps 15000"]
+           "the paths are alike", "--preset small --regime both_full"]
+    for run in natural + second + both:
+        if run.paths is None:
+            raise Absent(f"paths.json in {run.folder}")
+    then = stage_steps(natural)
+    yield ["Natural: training, then bridge, then answer", "106k, .5 at 219k, .5 at 396k",
+           f"{then['training >= .99']}, .5 at {then['present: a probe >= .5 / .9'].split(' / ')[0]}, "
+           f".25 at {then['OOD answer >= .25 / .5'].split(' / ')[0]}", "holds",
+           "the bridge by a probe; the lens sees none", "--preset small --steps 7000"]
     yield ["Fake grokking: answers, bridge not seen", "answer .97, bridge .65",
            f"answer {end(second, 'test_ood')}, bridge {end(second, 'test_ood', 'any')} (chance "
            f"{np.mean([last(run, 'test_ood', 'any_chance') for run in second]):.2f})", "holds",
-           "as the lens sees it",
+           "as the lens sees it; but here in every regime",
            "--preset small --regime second_full"]
     yield ["... so no bridge is used", "no intervention",
            f"used: by code {used(second, 'code')}, by donor {used(second, 'other_r2')}",
            "differs", f"among the entities the lens sees {inside_lens(second)}", "analyze.py RUN"]
     yield ["The answer comes before the bridge: both_full", "37k steps, answer .92, bridge .003",
            f"at the fit: answer {at_fit(both)}, bridge {at_fit(both, 'any')}", "holds",
-           "but here the bridge does not follow by 7,000",
-           "--regime both_full"]
+           f"by the lens; a probe reads {read_at_fit(both)} then", "--regime both_full"]
     yield ["ID queries: the same path before and after", "argued",
            f"maps alike {path_like(natural, 'before ID', 'grokked ID')}, ID and OOD "
            f"{path_like(natural, 'grokked ID', 'grokked OOD')}", "holds",
@@ -702,6 +812,22 @@ def verdicts(groups):
            f"{to_ood(natural, 'grokked')} grokked", "holds",
            "naturally trained, by code: see what a swap asks for", "-m extras.facts RUN"]
     yield from more_verdicts(groups)
+
+
+def stage_steps(runs):
+    """{column: cell} of the row of `filmed` for these runs."""
+    head, *rows = filmed({"": runs})
+    if not rows:
+        raise Absent(f"frames.npz in {runs[0].folder}")
+    return dict(zip(head, rows[0]))
+
+
+def facts_of(run):
+    """What extras.facts measured."""
+    found = read_json(run.folder / "facts.json")
+    if found is None:
+        raise Absent(f"facts.json in {run.folder}")
+    return found
 
 
 def more_verdicts(groups):
@@ -718,7 +844,15 @@ def more_verdicts(groups):
            "later the old facts kept decide: next row", tune]
     yield ["... or mostly, at length, a fifth of the old facts kept", "new + old 1.0, old + new 0",
            new_facts(groups["tune/flat_natural_grokked"], late), "holds",
-           "the circuit still serves old facts", f"{tune} --steps 6000"]
+           "beyond what r2 alone gives, too, on average", f"{tune} --steps 6000"]
+    guess = {tuple(row[:2]): row[2:4] for row in r2_alone(groups)}
+    ours, theirs = guess["small", "as in tune"], guess["paper", "220, with all compositions"]
+    yield ["... more often than r2 alone tells", "not compared",
+           f"r2 alone: new + old {ours[0]}, old + new {ours[1]}", "holds",
+           "on average, at length; few seeds do not", "extras.tables"]
+    yield ["... so in the paper", "new + old .31 to 1.0",
+           f"r2 alone, as its code keeps facts: {theirs[0]}", "open",
+           "three of six starts no more; 16 to 36 queries", "extras.tables"]
     yield ["... and from the weights before grokking", "the same, not tried",
            new_facts(groups["tune/small_natural_before"]), "holds",
            "the paper's direction, before grokking", f"{tune} --weights before"]
@@ -770,6 +904,11 @@ def at_fit(runs, lens=None):
     return spread(shares)
 
 
+def read_at_fit(runs):
+    """The bridge of OOD queries as a probe reads it at the best site, by the weights at the fit."""
+    return spread([np.max(run.paths["before"]["test_ood"]["probe"]) for run in runs])
+
+
 def used(runs, kind):
     return most([run.paths["grokked"]["test_ood"] for run in runs], kind)
 
@@ -780,8 +919,8 @@ def inside_lens(runs):
 
 
 def to_ood(runs, stage):
-    """Share of swaps by code, in OOD queries, that redirect to an OOD fact: see `swaps`."""
-    found = [read_json(run.folder / "facts.json")[stage]["swapped"] for run in runs]
+    """Share of swaps by code, in ID queries, that redirect to an OOD fact: see `swaps`."""
+    found = [facts_of(run)[stage]["swapped"]["test_id"] for run in runs]
     return spread([part["code"][1] for part in found])
 
 
@@ -815,6 +954,7 @@ def worth(groups):
         answer = at_fit(runs) if weights == "before" else end(runs, "test_ood")
         yield [f"{regime}, {weights}", steps, extra_compositions(runs[0]), answer,
                *(end(tuned, split) for split in SERVED)]
+    yield ["r2 alone", "", "", "", *by_r2(groups["tune/small_natural_grokked"][0])]
 
 
 def extra_compositions(run):
@@ -827,7 +967,7 @@ def extra_compositions(run):
 def worth_lines(groups):
     """The README's table, without new + new, as lines of Markdown."""
     head, *rows = [row[:-1] for row in worth(groups)]
-    chosen = [rows[i] for i in (0, 1, 3, 5, 6)]
+    chosen = [rows[i] for i in (0, 1, 3, 5, 7)]
     return [narrow(row) for row in (head, ["---"] * len(head), *chosen)]
 
 
@@ -851,18 +991,21 @@ def page(root):
     sections = {
         "Verdicts": (verdicts, groups),
         "The stages (Finding 1)": (stages, choose(groups, "small/", "long/", "tiny/")),
+        "The stages with a probe (Finding 1)": (filmed, choose(groups, "small/")),
         "The path of ID and OOD queries (Finding 1)": (likeness, looked),
         "Seen, present, used (Finding 2)": (paths, looked),
         "What a swap asks for (Findings 1, 2)": (swaps, choose(groups, "small/")),
-        "Which circuit, regime or seed?": (classes, choose(groups, "small/", "classes/", "late/")),
-        "The two circuits apart": (by_class, choose(groups, "small/", "classes/", "late/")),
-        "Which circuit, first weights or draws?": (draws, choose(groups, "draws/weights")),
-        "Which circuit, which part of the first weights?": (grafts, choose(groups, "graft/")),
+        "Which form of the bridge, regime or seed?": (
+            classes, choose(groups, "small/", "classes/", "late/")),
+        "The two forms apart": (by_class, choose(groups, "small/", "classes/", "late/")),
+        "Which form, first weights or draws?": (draws, choose(groups, "draws/weights")),
+        "Which form, which part of the first weights?": (grafts, choose(groups, "graft/")),
         "Half supervision in four cells": (cells, complete(groups, "cells")),
         "The dials": (dials, choose(groups, "dial/", "tune/dial_", "small/second_full",
                                     "tune/small_second_full_grokked")),
         "New facts (Finding 3)": (tuned, choose(groups, "tune/")),
-        "New facts, the two circuits apart (Finding 3)": (new_by_class, groups),
+        "What r2 alone gives (Finding 3)": (r2_alone, groups),
+        "New facts, the two forms apart (Finding 3)": (new_by_class, groups),
         "Where a fact is looked up (Finding 3)": (lookups, choose(groups, "small/", "dial/",
                                                                   "tune/")),
         "Which hop fails? (Finding 3)": (failing, choose(groups, "tune/")),
@@ -876,7 +1019,11 @@ def page(root):
         "Larger worlds": (growth, choose(groups, "growth/", "tiny/natural", "small/both_full"))}
     yield from INTRODUCTION.splitlines()
     for title, (table, chosen) in sections.items():
-        head, *rows = table(chosen)
+        try:
+            head, *rows = table(chosen)
+        except Absent as missing:
+            yield from ["", f"Left out, as there is no {missing}: {title}."]
+            continue
         if rows:
             yield from ["", f"## {title}", "", " ".join(table.__doc__.split()), ""]
             for row in (head, ["---"] * len(head), *rows):
@@ -893,7 +1040,7 @@ def complete(groups, what):
 
 def choose(groups, *starts):
     """The groups whose names begin with one of these."""
-    return {name: runs for name, runs in groups.items() if name.startswith(starts)}
+    return Groups((name, runs) for name, runs in groups.items() if name.startswith(starts))
 
 
 def main(argv=None):

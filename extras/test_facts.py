@@ -30,13 +30,14 @@ def test_swaps_to_ood_facts_are_counted_apart(table):
     model, world, asked = table
     found = facts.swapped(model, world, asked, asked)
     assert found["queries"] == len(asked.h) and found["n"][0] == 500 >= found["n"][1] > 100
+    assert found["facts"][1] <= world.is_ood.sum() < found["facts"][0]
     assert found["donor"] == found["code"] == [1, 1]
     forgot, (heads, relations, _) = copy.deepcopy(model), world.facts[world.is_ood].T
     forgot.tails[heads, relations] = len(model.embedding) - 1
     found = facts.swapped(forgot, world, asked, asked)
     assert found["donor"] == found["code"] == [1, 0]
     none = facts.swapped(model, world, asked, asked.take([]))
-    assert none == {"queries": 0, "n": [0, 0], "donor": [], "code": []}
+    assert none == {"queries": 0, "n": [0, 0], "facts": [0, 0], "donor": [], "code": []}
 
 
 def test_the_command_writes_facts_of_every_weights(tmp_path):

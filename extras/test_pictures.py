@@ -98,7 +98,7 @@ def root(tmp_path):
 
 def write_frames(folder):
     maps = {name: np.linspace(0, 1, 4)[:, None, None, None] * np.ones(SITES)
-            for name in pictures.MAPS}
+            for name in pictures.FILMED}
     np.savez_compressed(folder / "frames.npz", step=[100, 200, 300, 400], n=7, **maps)
 
 
@@ -132,7 +132,7 @@ def test_all_pictures_are_written(root, tmp_path, capsys):
     assert pictures.main(["--root", str(root), "-o", str(tmp_path / "out")]) == 0
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"task.png", "grokking.gif", "hero.png", "seen_used.png", "cells.png",
-                     "tuned.png", "regimes.png"}
+                     "tuned.png", "regimes.png", "stages.png"}
     assert "skipped" not in capsys.readouterr().out
     for path in (tmp_path / "out").glob("*.png"):
         with Image.open(path) as image:
@@ -159,7 +159,7 @@ def test_pictures_without_runs_are_skipped_and_said(tmp_path, capsys):
     write_run(tmp_path / "runs/small/natural/seed0")
     assert pictures.main(["--root", str(tmp_path / "runs"), "-o", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    for file in ("grokking.gif", "cells.png", "tuned.png"):
+    for file in ("grokking.gif", "cells.png", "tuned.png", "stages.png"):
         assert f"{file}: skipped" in said and not (tmp_path / "out" / file).exists()
     assert (tmp_path / "out/hero.png").exists()
 
@@ -174,7 +174,7 @@ def test_no_query_or_one_in_a_split(tmp_path, n):
         if given and draw != pictures.moving:
             pictures.pixels(draw(given))
             drawn += 1
-    assert drawn == 5  # all but the moving one, and fine-tuning
+    assert drawn == 6  # all but the moving one, and fine-tuning
     assert pictures.moving(pictures.choose(read_groups(tmp_path))["grokking.gif"][1])
 
 
@@ -253,10 +253,20 @@ def test_tuned_has_a_row_for_what_is_kept_and_a_line_for_each_start(root):
     figure = pictures.tuned(pictures.tuned_of(read_groups(root)))
     assert [axes.get_ylabel() for axes in figure.axes] == ["21 % of old facts kept", "", "",
                                                            "all old facts kept", "", ""]
-    assert [len(axes.get_lines()) for axes in figure.axes] == [4, 4, 4, 1, 1, 1]
+    assert [len(axes.get_lines()) for axes in figure.axes] == [5, 5, 5, 2, 2, 2]
+    guesses = [axes.get_lines()[0].get_ydata()[0] for axes in figure.axes]
+    assert guesses[0] > guesses[3] > 2 * guesses[1] > 0     # r2 alone: few kept facts tell more
     named = [text.get_text() for text in figure.legends[0].get_texts()]
     assert named == ["from scratch", "natural, before", "natural, grokked",
-                     "both hops supervised, grokked"]
+                     "both hops supervised, grokked", "r2 alone"]
+
+
+def test_the_probe_is_a_line_of_the_best_site_at_every_evaluation(root):
+    axes, = figures(root)["stages.png"].axes
+    line, = lines_of(axes, pictures.GREEN)
+    assert line.get_xdata().tolist() == [100, 200, 300, 400]
+    assert np.allclose(line.get_ydata(), np.linspace(0, 1, 4))
+    assert any("probe" in text.get_text() for text in axes.texts)
 
 
 # ---------------------------------------------------------------- the moving picture
@@ -302,7 +312,7 @@ def test_a_filmed_run_is_the_run(smoke):
     assert torch.get_num_threads() == threads
     frames = pictures.read_frames(smoke / "frames.npz")
     assert frames["step"].tolist() == [50, 100]
-    assert {frames[name].shape for name in pictures.MAPS} == {(2, 3, 2, 3)}
+    assert {frames[name].shape for name in pictures.FILMED} == {(2, 3, 2, 3)}
     assert 0 < frames["n"] <= 100 and (frames["entity"] >= frames["bridge"]).all()
 
 

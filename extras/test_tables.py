@@ -33,17 +33,64 @@ def test_the_verdicts_of_the_readme_are_those_of_the_shipped_files(groups):
 def test_grokking_folds_ood_facts_in_and_supervision_does_it_by_the_fit(groups):
     head, *rows = tables.swaps(tables.choose(groups, "small/"))
     shares = {}
-    for name, stage, *cells in rows:
-        shares[name, stage] = [float(cell.split()[0]) for cell in cells[4:]]
-    assert len(shares) == 10
-    donor_id, donor_ood, code_id, code_ood = shares["small/natural", "before"]
-    assert donor_ood == code_ood == 0 < 0.25 < min(donor_id, code_id)
-    donor_id, donor_ood, code_id, code_ood = shares["small/natural", "grokked"]
-    assert min(donor_id, code_id) > 0.95 > 0.7 > max(donor_ood, code_ood) > 0.4
+    for name, stage, split, *cells in rows:
+        shares[name, stage, split] = [float(cell.split()[0]) for cell in cells[2:]]
+    assert len(shares) == 20
+    facts, donor_id, donor_ood, code_id, code_ood = shares["small/natural", "before", "ID"]
+    assert facts > 100 and min(donor_id, code_id) > 0.85 > 0.15 > max(donor_ood, code_ood)
+    facts, donor_id, donor_ood, code_id, code_ood = shares["small/natural", "grokked", "ID"]
+    assert facts > 100 and min(donor_id, code_id) > 0.95 > min(donor_ood, code_ood) > 0.7
+    assert shares["small/natural", "before", "OOD"][0] < 10     # too few to say anything
     for name in ("both_full", "second_full"):           # hop 2 supervised: ID and OOD alike
         for stage in grok.WEIGHTS:
-            donor_id, donor_ood, code_id, code_ood = shares[f"small/{name}", stage]
+            facts, donor_id, donor_ood, code_id, code_ood = shares[f"small/{name}", stage, "ID"]
             assert abs(donor_id - donor_ood) < 0.05 and abs(code_id - code_ood) < 0.05, name
+
+
+def test_a_probe_reads_the_papers_order_where_the_lens_sees_nothing(groups):
+    runs = [run for run in groups["small/natural"] if (run.folder / "frames.npz").exists()]
+    assert len(runs) == 3
+    for run in runs:
+        frames = tables.read_frames(run.folder / "frames.npz")
+        assert list(frames["step"]) == [line["step"] for line in run.history]
+        fit = first_step(run.history, 0.99, "train_inferred")
+        half = tables.first_frame(frames, "probe", 0.5)
+        assert fit < half < first_step(run.history, 0.25, "test_ood")
+        assert tables.last(tables.until(run, half), "test_ood") < 0.1
+        assert frames["bridge"].max() < 0.2
+        one, two = (first_step(run.history, 0.5, split) for split in ("test_ood_id", "test_id_ood"))
+        assert one < two, run.folder                    # hop 1 is folded in before hop 2
+
+
+def test_what_r2_alone_gives_is_counted_by_hand_and_said_in_the_readme(groups):
+    run = groups["tune/small_natural_grokked"][0]
+    world, splits = grok.build_data(run.about, run.folder)
+    trained, asked = splits["train_inferred"], splits["new_old"]
+    answers, right = {}, 0
+    for r2, t in zip(trained.r2.tolist(), trained.t.tolist()):
+        answers.setdefault(r2, []).append(t)
+    for r2, t in zip(asked.r2.tolist(), asked.t.tolist()):
+        seen = answers.get(r2, [0])
+        right += t == max(sorted(set(seen)), key=seen.count)
+    assert tables.by_r2(run)[0] == f"{right / len(asked.t):.2f}"
+    head, *rows = tables.r2_alone(groups)
+    paper = next(row for row in rows if row[:2] == ["paper", "220, with all compositions"])
+    assert f"that gives {paper[2].split()[0]} of new + old" in (
+        " ".join((ROOT / "README.md").read_text(encoding="utf-8").split()))
+    text = next(row for row in rows if row[:2] == ["paper", "8,000"])
+    assert float(text[2].split()[0]) < 0.05 and float(paper[3].split()[0]) < 0.05
+
+
+def test_tables_of_own_runs_leave_out_what_compares_others(tmp_path, capsys):
+    """Those that compare runs which are not there say so; the others are made."""
+    folder = tmp_path / "mine/natural/seed0"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl"):
+        (folder / name).write_bytes((SHIPPED / "tiny/natural/seed0" / name).read_bytes())
+    (tmp_path / "mine").rename(tmp_path / "tiny")
+    assert tables.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "no 'small/natural': Verdicts." in said and "| tiny/natural | 1 | 7000 |" in said
 
 
 def test_the_readme_shows_what_the_shipped_run_printed(capsys, monkeypatch):
@@ -52,7 +99,7 @@ def test_the_readme_shows_what_the_shipped_run_printed(capsys, monkeypatch):
     assert capsys.readouterr().out in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_what_the_readme_says_of_the_circuits_holds_in_every_regime(groups):
+def test_what_the_readme_says_of_the_forms_holds_in_every_regime(groups):
     """Grokked: in seeds 0 and 1 the bridge is the first entity, in seed 2 not; used in all."""
     for name, runs in tables.choose(groups, "small/").items():
         for run in runs:
@@ -66,7 +113,7 @@ def test_what_the_readme_says_of_the_circuits_holds_in_every_regime(groups):
     assert all(tables.map_at(found, "code").max() >= 0.5 for found in before)
 
 
-def test_the_seed_decides_the_circuit_but_for_two_runs_of_seed_4(groups):
+def test_the_seed_decides_the_form_but_for_two_runs_of_seed_4(groups):
     head, *rows = tables.classes(groups)
     assert [row[0] for row in rows] == ["both_full", "both_half", "first_full", "second_full",
                                         "natural", "other_world", "smaller_steps"]
@@ -89,7 +136,7 @@ def test_every_run_of_the_classes_goes_half_as_long_after_the_fit_and_is_opened_
     assert opened == 40
 
 
-def test_a_circuit_that_the_lens_sees_takes_in_new_facts_more_easily(groups):
+def test_a_form_that_the_lens_sees_takes_in_new_facts_more_easily(groups):
     head, *rows = tables.new_by_class(groups)
     assert [row[2] for row in rows] == [5, 3] * 3 + [2, 1]
     for one, other in zip(rows[::2], rows[1::2]):
@@ -99,7 +146,7 @@ def test_a_circuit_that_the_lens_sees_takes_in_new_facts_more_easily(groups):
     assert ends[0] > 0.95 and ends[1] < 0.5
 
 
-def test_each_circuit_has_its_own_row_and_every_seed_one(groups):
+def test_each_form_has_its_own_row_and_every_seed_one(groups):
     head, *rows = tables.by_class(groups)
     for one, other in zip(rows[::2], rows[1::2]):
         assert one[0] == other[0] and one[1:2] + other[1:2] == ["entity", "code"]
@@ -110,7 +157,7 @@ def test_each_circuit_has_its_own_row_and_every_seed_one(groups):
         assert means[0] > 3 * means[1]
 
 
-def test_the_first_weights_decide_the_circuit_whatever_is_drawn(groups):
+def test_the_first_weights_decide_the_form_whatever_is_drawn(groups):
     head, *rows = tables.draws(tables.choose(groups, "draws/weights"))
     assert rows == [["seed 0", *["entity"] * 4], ["seed 1", *["entity"] * 4],
                     ["seed 2", *["code"] * 4], ["seed 5", *["code"] * 4]]
@@ -292,7 +339,7 @@ def test_a_block_drawn_afresh_takes_in_more_and_an_embedding_does_not(groups):
     served = {}
     for part, seeds, *cells in rows:
         served[part] = [float(cell.split()[0]) for cell in cells]
-    assert [row[1] for row in rows] == [3] * 7
+    assert [row[1] for row in rows] == ["", *[3] * 7]
     for part in ("mixing", "mlp"):
         assert all(served[part][i] > served["nothing"][i] + 0.1 for i in range(3)), part
         assert served[part][1] > served["everything"][1] + 0.1     # what was kept helps hop 2
@@ -310,10 +357,14 @@ def test_with_few_old_facts_kept_every_start_ends_in_the_papers_direction(groups
     """Not so with all kept; and the circuit still serves old facts."""
     head, *rows = tables.at_length(groups)
     grokked = [f"{regime}, grokked" for regime in data.REGIMES]
-    assert [row[0] for row in rows] == ["scratch", "natural, before", *grokked]
-    assert all(row[1] == 3 for row in rows)
-    for start, seeds, *cells, n in rows:
-        early1, early2, late1, late2, _, old, held = (float(cell.split()[0]) for cell in cells)
+    assert [row[0] for row in rows] == ["r2 alone", "scratch", "natural, before", *grokked]
+    assert all(row[1] == 3 for row in rows[1:])
+    ahead = sum(row[head.index("new + old ahead")] for row in rows if "grokked" in row[0])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"[{ahead} of {3 * len(grokked)}](" in readme
+    for start, seeds, *cells, n in rows[1:]:
+        early1, early2, late1, late2, _, _, old, held = (float(str(cell).split()[0])
+                                                         for cell in cells)
         assert n > 500
         assert late1 > late2 + 0.15 and old < 0.3, start
         if "grokked" in start:
