@@ -273,6 +273,17 @@ def test_spread_counts_the_seeds_that_never_got_there():
     assert tables.spread([0.5]) == "0.50"
 
 
+def test_a_pause_does_not_make_a_step_longer(groups):
+    run = groups["growth/100"][0]
+    paused = [dict(line) for line in run.history]
+    for line in paused[7:]:
+        line["seconds"] += 3600
+    again = tables.step_time(run._replace(history=paused))
+    assert again == pytest.approx(tables.step_time(run), rel=0.05)
+    end = run.history[-1]
+    assert again == pytest.approx(1000 * end["seconds"] / end["step"], rel=0.2)
+
+
 def test_growth_is_in_the_order_of_size(groups):
     head, *rows = tables.growth(tables.choose(groups, "growth/", "tiny/natural"))
     sizes = [row[1] for row in rows]
