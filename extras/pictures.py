@@ -264,7 +264,7 @@ def hero(run):
 
 
 def probed(runs):
-    """Filmed runs: the stages, and the bridge of OOD queries as a probe reads it at the best site."""
+    """Filmed runs: the stages, and the bridge of OOD queries as a probe reads it, best site."""
     figure = Figure((WIDTH, 3.3), layout="constrained")
     axes = figure.subplots()
     ends = stage_lines(axes, runs)
@@ -593,7 +593,7 @@ def choose(groups):
     """{file: (what draws it, from what, which is empty if the runs are not there)}."""
     runs = chain.from_iterable(groups.values())
     filmed = [run for run in runs if (run.folder / "frames.npz").exists()]
-    natural = [run for run in filmed if run.about["regime"] == "natural"]
+    natural = [run for run in groups.get("small/natural", []) if run in filmed]
     quick = groups.get("tiny/natural") or groups.get("small/natural") or []
     measured = regimes_of(groups, "small", "cells")
     half = {regime: measured[regime] for regime in ("both_half", "first_full", "second_full")

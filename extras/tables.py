@@ -256,12 +256,12 @@ def count(words):
 
 
 def classes(groups):
-    """Which form each seed's bridge has when the training is just fitted (ID queries): regime or seed?
-    "entity": at one site the bridge is the first entity in half of them or more; "code": it is not,
-    but by code a swap redirects .4 or more; "neither". "Then": what it is at the end, if that is
-    another, half as long after the fit or later (not asked of the last two rows). other_world:
-    both_full with other facts; smaller_steps: with lr .003 for .004. Last: how many seeds at the
-    fit, with the 95 % interval."""
+    """Which form each seed's bridge has when the training is just fitted (ID queries): regime or
+    seed? "entity": at one site the bridge is the first entity in half of them or more; "code": it
+    is not, but by code a swap redirects .4 or more; "neither". "Then": what it is at the end, if
+    that is another, half as long after the fit or later (not asked of the last two rows).
+    other_world: both_full with other facts; smaller_steps: with lr .003 for .004. Last: how many
+    seeds at the fit, with the 95 % interval."""
     yield ["runs", *(f"seed {seed}" for seed in range(8)), "first entity"]
     for regime in ("both_full", "both_half", "first_full", "second_full", "natural", "other_world",
                    "smaller_steps"):
@@ -463,9 +463,10 @@ def read_frames(path):
 
 def filmed(groups):
     """When the bridge of OOD queries is there, where the lens may be blind: read by a probe at the
-    best site, used by its code, of 100 OOD queries at every evaluation; beside training and answer
+    best site, of 100 OOD queries at every evaluation; beside training and answer. A code that is
+    put in redirects, mostly to ID facts, when hop 2 is ready: it shows no bridge of the query's own
     (Finding 1; `python -m extras.pictures --frames RUN`)."""
-    yield ["run", "seeds", "training >= .99", "used: its code >= .5 / .9",
+    yield ["run", "seeds", "training >= .99", "code put in redirects >= .5 / .9",
            "present: a probe >= .5 / .9", "answer when present >= .5", "OOD + ID >= .5",
            "ID + OOD >= .5", "OOD answer >= .25 / .5", "OOD answer, end", "seen at a site, most"]
     for name, runs in groups.items():
@@ -539,9 +540,9 @@ def pair_cells(found):
 
 
 def new_by_class(groups):
-    """Does the form of the bridge decide what new facts serve? Fine-tuned from each seed's weights; the class
-    is that at the fit. Grokked: after 3,000 steps, of seeds 3 to 7 half as long after the fit or
-    later. k: compositions trained for each new fact and hop, 2,000 steps."""
+    """Does the form of the bridge decide what new facts serve? Fine-tuned from each seed's weights;
+    the class is that at the fit. Grokked: after 3,000 steps, of seeds 3 to 7 half as long after the
+    fit or later. k: compositions trained for each new fact and hop, 2,000 steps."""
     starts = {  # its regime, the runs
         "natural, before": ("natural", "small_natural_before", "classes_natural_before"),
         "both_full, grokked": ("both_full", "small_both_full_grokked", "classes_both_full",
@@ -659,23 +660,23 @@ def at_length(groups):
             for split in SERVED:
                 row.append(spread([late(run, split) for run in runs]))
             row += [sum(map(hop1_ahead, runs)), spread([late(run, "old_atomic") for run in runs])]
-            held = [facts_of(run)["grokked"]["held_out"] for run in runs]
+            held = [facts_of(run, "grokked", "held_out") for run in runs]
             yield [", ".join(start.rsplit("_", 1)), len(runs), *row,
                    spread([part["right"] for part in held]), sum(part["n"] for part in held)]
-
-
-def hop1_ahead(run):
-    """Whether new + old is ahead of old + new beyond what r2 alone gives, late."""
-    beyond = []
-    for split, guess in zip(SERVED, map(float, by_r2(run))):
-        beyond.append((late(run, split) - guess) / (1 - guess))
-    return bool(beyond[0] > beyond[1])
 
 
 def late(run, split):
     """The median accuracy of a split, steps 4,000 to 6,000."""
     return np.median([line["accuracy"][split] for line in run.history
                       if 4000 <= line["step"] <= 6000])
+
+
+def hop1_ahead(run, share=late):
+    """Whether new + old is ahead of old + new beyond what r2 alone gives."""
+    beyond = []
+    for split, guess in zip(SERVED, map(float, by_r2(run))):
+        beyond.append((share(run, split) - guess) / (1 - guess))
+    return bool(beyond[0] > beyond[1])
 
 
 def fresh(groups):
@@ -795,9 +796,10 @@ def verdicts(groups):
             raise Absent(f"paths.json in {run.folder}")
     then = stage_steps(natural)
     yield ["Natural: training, then bridge, then answer", "106k, .5 at 219k, .5 at 396k",
-           f"{then['training >= .99']}, .5 at {then['present: a probe >= .5 / .9'].split(' / ')[0]}, "
+           f"{then['training >= .99']}, by a probe .5 at "
+           f"{then['present: a probe >= .5 / .9'].split(' / ')[0]}, "
            f".25 at {then['OOD answer >= .25 / .5'].split(' / ')[0]}", "holds",
-           "the bridge by a probe; the lens sees none", "--preset small --steps 7000"]
+           "the lens, as the paper's, sees no bridge", "--preset small --steps 7000"]
     yield ["Fake grokking: answers, bridge not seen", "answer .97, bridge .65",
            f"answer {end(second, 'test_ood')}, bridge {end(second, 'test_ood', 'any')} (chance "
            f"{np.mean([last(run, 'test_ood', 'any_chance') for run in second]):.2f})", "holds",
@@ -814,9 +816,9 @@ def verdicts(groups):
            f"{path_like(natural, 'grokked ID', 'grokked OOD')}", "holds",
            "shuffled sites: see the table; OOD queries join the path", "extras.tables"]
     yield ["Grokking folds OOD facts into the ID path", "argued",
-           f"swaps to OOD facts redirect {to_ood(natural, 'before')} before, "
+           f"swaps by code to OOD facts: {to_ood(natural, 'before')} before, "
            f"{to_ood(natural, 'grokked')} grokked", "holds",
-           "naturally trained, by code: see what a swap asks for", "-m extras.facts RUN"]
+           "naturally trained: see what a swap asks for", "-m extras.facts RUN"]
     yield from more_verdicts(groups)
 
 
@@ -828,12 +830,12 @@ def stage_steps(runs):
     return dict(zip(head, rows[0]))
 
 
-def facts_of(run):
-    """What extras.facts measured."""
-    found = read_json(run.folder / "facts.json")
-    if found is None:
-        raise Absent(f"facts.json in {run.folder}")
-    return found
+def facts_of(run, stage, name):
+    """What extras.facts measured under this name."""
+    found = (read_json(run.folder / "facts.json") or {}).get(stage, {})
+    if name not in found:
+        raise Absent(f"{name} of {stage} in facts.json of {run.folder}")
+    return found[name]
 
 
 def more_verdicts(groups):
@@ -853,12 +855,12 @@ def more_verdicts(groups):
            "beyond what r2 alone gives, too, on average", f"{tune} --steps 6000"]
     guess = {tuple(row[:2]): row[2:4] for row in r2_alone(groups)}
     ours, theirs = guess["small", "as in tune"], guess["paper", "220, with all compositions"]
-    yield ["... more often than r2 alone tells", "not compared",
+    yield ["... more often than r2 alone tells", "its control, from scratch: .31",
            f"r2 alone: new + old {ours[0]}, old + new {ours[1]}", "holds",
            "on average, at length; few seeds do not", "extras.tables"]
-    yield ["... so in the paper", "new + old .31 to 1.0",
+    yield ["... so in the paper", "new + old 1.0 thrice, .53, .33; control .31",
            f"r2 alone, as its code keeps facts: {theirs[0]}", "open",
-           "three of six starts no more; 16 to 36 queries", "extras.tables"]
+           "three starts are beyond it; the others, 16 to 36 queries, not", "extras.tables"]
     yield ["... and from the weights before grokking", "the same, not tried",
            new_facts(groups["tune/small_natural_before"]), "holds",
            "the paper's direction, before grokking", f"{tune} --weights before"]
@@ -926,8 +928,8 @@ def inside_lens(runs):
 
 def to_ood(runs, stage):
     """Share of swaps by code, in ID queries, that redirect to an OOD fact: see `swaps`."""
-    found = [facts_of(run)[stage]["swapped"]["test_id"] for run in runs]
-    return spread([part["code"][1] for part in found])
+    found = [facts_of(run, stage, "swapped")["test_id"]["code"] for run in runs]
+    return spread([shares[1] for shares in found if shares])
 
 
 def path_like(runs, one, two):
@@ -986,7 +988,9 @@ get there. Shares are of up to 500 queries a split and seed, by averaged weights
 what is inside was measured on another sample of 500. Anywhere: at any state. Chance is the same
 rate for another query's bridge. "state (3, r2) (2)" is the site (loop, position), in two seeds.
 Probe's subspace, all but that: a swap inside and outside the directions that a probe reads.
-`python -m extras.run_all` trains every run, but for those of `python -m extras.graft`.
+`python -m extras.run_all` trains every run, but for those of `python -m extras.graft`. What is
+inside is written beside a run: paths.json by `analyze.py`, facts.json by `python -m extras.facts`,
+cells.json by `--measure` of this command, frames.npz by `python -m extras.pictures --frames`.
 """
 
 
