@@ -105,6 +105,7 @@ def swapped(model, world, known, pool, n=500):
      codes are from the ID queries `known`.
     """
     rng, layout, E = np.random.default_rng(0), model.config.layout, world.n_entities
+    # one swap in eight asks for an OOD fact: so as many clean queries, some of them again
     clean = pool.take(rng.integers(0, len(pool.h), 8 * n if len(pool.h) else 0))
     clean, donor, predicted = other_r2(world, clean, pool, rng)
     code = codes(model, to_tokens(known, world, layout)[0], torch.from_numpy(known.b), E)
@@ -248,7 +249,6 @@ def measure(model, world, splits, start=None):
             "pair": pair_of_states(model, world, asked, n=500),
             "swapped": {split: swapped(model, world, known, right_only(model, world, pool))
                         for split, pool in pools.items()}}
-
 
 
 def begun_as(folder):

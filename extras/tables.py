@@ -169,13 +169,17 @@ def r2_alone(groups):
     ours = groups["tune/small_natural_grokked"][0].about["world"]
     theirs = {**PRESETS["paper"][1], "new_facts": 2000}
     for world, words, kept, whole in (
-            (ours, "as in tune", ours["kept"], False), (ours, "with all compositions", 0.21, True),
-            (ours, "all", 1.0, False), (theirs, "220, with all compositions", 220 / 38000, True),
+            (ours, "as in tune", ours["kept"], False),
+            (ours, "with all compositions", ours["kept"], True), (ours, "all", 1.0, False),
+            (theirs, "220, with all compositions", 220 / 38000, True),  # of 38,000 ID facts
             (theirs, "8,000", 8000 / 38000, False)):
-        drawn = {**world, "kept": kept, "whole_rows": whole}
-        found = [guesses(WorldConfig(**{**drawn, "data_seed": seed})) for seed in range(5)]
-        yield ["small" if world is ours else "paper", words,
-               *(spread([shares[kind] for shares in found]) for kind in SERVED)]
+        row, found = ["small" if world is ours else "paper", words], []
+        for seed in range(5):
+            drawn = {**world, "kept": kept, "whole_rows": whole, "data_seed": seed}
+            found.append(guesses(WorldConfig(**drawn)))
+        for kind in SERVED:
+            row.append(spread([shares[kind] for shares in found]))
+        yield row
 
 
 # ---------------------------------------------------------------- tables of what is inside
@@ -241,12 +245,13 @@ def swaps(groups):
             for split, short in EXAMINED.items():
                 found = [maps[stage]["swapped"][split] for maps in measured
                          if maps and "swapped" in maps.get(stage, {})]
+                row = [name, stage, short, len(found),
+                       spread([part["queries"] for part in found], 0),
+                       spread([part["facts"][1] for part in found], 0)]
+                for kind, i in product(("donor", "code"), (0, 1)):
+                    row.append(spread([part[kind][i] for part in found if part[kind]]))
                 if found:
-                    shares = (spread([part[kind][i] for part in found if part[kind]])
-                              for kind in ("donor", "code") for i in (0, 1))
-                    yield [name, stage, short, len(found),
-                           spread([part["queries"] for part in found], 0),
-                           spread([part["facts"][1] for part in found], 0), *shares]
+                    yield row
 
 
 def count(words):
@@ -473,20 +478,25 @@ def filmed(groups):
         runs = [run for run in runs if (run.folder / "frames.npz").exists()]
         if runs:
             frames = [read_frames(run.folder / "frames.npz") for run in runs]
-            answer = " / ".join(steps_to(runs, level) for level in (0.25, 0.5))
-            seen = spread([found["bridge"].max() for found in frames])
-            yield [name, len(runs), steps_to(runs, 0.99, "train_inferred"),
-                   *(" / ".join(spread([first_frame(found, kind, level) for found in frames], 0)
-                                for level in (0.5, 0.9)) for kind in ("code", "probe")),
-                   answer_then(runs, frames),
-                   *(steps_to(runs, 0.5, split) for split in ("test_ood_id", "test_id_ood")),
-                   answer, end(runs, "test_ood"), seen]
+            row = [name, len(runs), steps_to(runs, 0.99, "train_inferred")]
+            for kind in ("code", "probe"):
+                row.append(f"{reached(frames, kind, 0.5)} / {reached(frames, kind, 0.9)}")
+            row.append(answer_then(runs, frames))
+            for split in ("test_ood_id", "test_id_ood"):
+                row.append(steps_to(runs, 0.5, split))
+            yield [*row, f"{steps_to(runs, 0.25)} / {steps_to(runs, 0.5)}", end(runs, "test_ood"),
+                   spread([found["bridge"].max() for found in frames])]
 
 
 def first_frame(frames, kind, level):
     """The first step at which the best site of a map has a share >= level, or None."""
-    reached = np.flatnonzero(frames[kind].max((1, 2, 3)) >= level)
-    return int(frames["step"][reached[0]]) if len(reached) else None
+    there = np.flatnonzero(frames[kind].max((1, 2, 3)) >= level)
+    return int(frames["step"][there[0]]) if len(there) else None
+
+
+def reached(frames, kind, level):
+    """That step, over seeds."""
+    return spread([first_frame(found, kind, level) for found in frames], 0)
 
 
 def answer_then(runs, frames):
@@ -768,8 +778,9 @@ def growth(groups):
 
 def step_time(run):
     """Milliseconds a step: the median between two evaluations, as a run may have been paused."""
-    steps, seconds = ([0, *(line[name] for line in run.history)] for name in ("step", "seconds"))
-    return 1000 * np.median(np.diff(seconds) / np.diff(steps))
+    steps = np.diff([0, *(line["step"] for line in run.history)])
+    seconds = np.diff([0, *(line["seconds"] for line in run.history)])
+    return 1000 * np.median(seconds / steps)
 
 
 def width_for(n_entities):
@@ -795,12 +806,11 @@ def verdicts(groups):
     for run in natural + second + both:
         if run.paths is None:
             raise Absent(f"paths.json in {run.folder}")
-    then = stage_steps(natural)
     yield ["Natural: training, then bridge, then answer", "106k, .5 at 219k, .5 at 396k",
-           f"{then['training >= .99']}, by a probe .5 at "
-           f"{then['present: a probe >= .5 / .9'].split(' / ')[0]}, "
-           f".25 at {then['OOD answer >= .25 / .5'].split(' / ')[0]}", "holds",
-           "the lens, as the paper's, sees no bridge", "--preset small --steps 7000"]
+           f"{steps_to(natural, 0.99, 'train_inferred')}, by a probe .5 at "
+           f"{reached(frames_of(natural), 'probe', 0.5)}, .25 at {steps_to(natural, 0.25)}",
+           "holds", "but the lens, which the paper uses, sees none here",
+           "--preset small --steps 7000"]
     yield ["Fake grokking: answers, bridge not seen", "answer .97, bridge .65",
            f"answer {end(second, 'test_ood')}, bridge {end(second, 'test_ood', 'any')} (chance "
            f"{np.mean([last(run, 'test_ood', 'any_chance') for run in second]):.2f})", "holds",
@@ -823,12 +833,12 @@ def verdicts(groups):
     yield from more_verdicts(groups)
 
 
-def stage_steps(runs):
-    """{column: cell} of the row of `filmed` for these runs."""
-    head, *rows = filmed({"": runs})
-    if not rows:
-        raise Absent(f"frames.npz in {runs[0].folder}")
-    return dict(zip(head, rows[0]))
+def frames_of(runs):
+    """What each of these runs was filmed to hold."""
+    for run in runs:
+        if not (run.folder / "frames.npz").exists():
+            raise Absent(f"frames.npz in {run.folder}")
+    return [read_frames(run.folder / "frames.npz") for run in runs]
 
 
 def facts_of(run, stage, name):
@@ -858,10 +868,10 @@ def more_verdicts(groups):
     ours, theirs = guess["small", "as in tune"], guess["paper", "220, with all compositions"]
     yield ["... more often than r2 alone tells", "its control, from scratch: .31",
            f"r2 alone: new + old {ours[0]}, old + new {ours[1]}", "holds",
-           "on average, at length; few seeds do not", "extras.tables"]
+           "on average, at length; not in every run", "extras.tables"]
     yield ["... so in the paper", "new + old 1.0 thrice, .53, .33; control .31",
            f"r2 alone, as its code keeps facts: {theirs[0]}", "open",
-           "three starts are beyond it; the others, 16 to 36 queries, not", "extras.tables"]
+           "three starts are beyond it, three not; 16 to 36 queries", "extras.tables"]
     yield ["... and from the weights before grokking", "the same, not tried",
            new_facts(groups["tune/small_natural_before"]), "holds",
            "the paper's direction, before grokking", f"{tune} --weights before"]
@@ -995,11 +1005,10 @@ cells.json by `--measure` of this command, frames.npz by `python -m extras.pictu
 """
 
 
-def page(root):
-    """Lines of runs/shipped/README.md."""
-    groups = read_groups(root)
+def sections(groups):
+    """{title: (its table, of which groups)}, in the order of the page."""
     looked = complete(choose(groups, "small/", "tiny/"), "paths")
-    sections = {
+    return {
         "Verdicts": (verdicts, groups),
         "The stages (Finding 1)": (stages, choose(groups, "small/", "long/", "tiny/")),
         "The stages with a probe (Finding 1)": (filmed, choose(groups, "small/")),
@@ -1028,8 +1037,12 @@ def page(root):
         "How many compositions a new fact needs (Finding 3)": (per_fact, groups),
         "Is it worthwhile?": (worth, groups),
         "Larger worlds": (growth, choose(groups, "growth/", "tiny/natural", "small/both_full"))}
+
+
+def page(root):
+    """Lines of runs/shipped/README.md."""
     yield from INTRODUCTION.splitlines()
-    for title, (table, chosen) in sections.items():
+    for title, (table, chosen) in sections(read_groups(root)).items():
         try:
             head, *rows = table(chosen)
         except Absent as missing:

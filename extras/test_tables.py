@@ -75,7 +75,8 @@ def test_what_r2_alone_gives_is_counted_by_hand_and_said_in_the_readme(groups):
     assert tables.by_r2(run)[0] == f"{right / len(asked.t):.2f}"
     head, *rows = tables.r2_alone(groups)
     paper = next(row for row in rows if row[:2] == ["paper", "220, with all compositions"])
-    assert f"that gives {paper[2].split()[0]} of new + old" in (
+    said = tables.narrow(paper[2:3]).strip("| ")[:-1]
+    assert f"that gives {said}, five draws) of new + old" in (
         " ".join((ROOT / "README.md").read_text(encoding="utf-8").split()))
     text = next(row for row in rows if row[:2] == ["paper", "8,000"])
     assert float(text[2].split()[0]) < 0.05 and float(paper[3].split()[0]) < 0.05
