@@ -276,7 +276,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, z, loop, edit):
         mixed = edit(loop, "mixed", self.mix(z).transpose(0, 1))                # (B, T, D)
-        z = rms_norm(z + mixed.transpose(0, 1))
+        # as in the paper's code, the norm runs over the axis that was just worked on
+        z = norm_over_positions(z + mixed.transpose(0, 1))
         z = rms_norm(z + gated(self.gate_up, self.down, z))
         state = edit(loop, "state", z.transpose(0, 1))                          # (B, T, D)
         return state.transpose(0, 1)
@@ -285,6 +286,11 @@ class ResidualBlock(nn.Module):
         """z (T, B, D) -> a gated MLP along the positions, (T, B, D)."""
         gate, up = (self.mix_gate_up.weight @ z.flatten(1)).chunk(2, dim=0)     # (4T, B * D) each
         return (self.mix_down.weight @ (F.silu(gate) * up)).view(z.shape)
+
+
+def norm_over_positions(z):
+    """z (T, B, D) scaled to root mean square 1 along its positions, channel by channel."""
+    return z * torch.rsqrt(z.square().mean(0, keepdim=True) + 1e-6)
 
 
 def name_loops(config):
@@ -839,6 +845,8 @@ def settle(given):
         raise BadInput(f"preset = {preset}: must be one of {', '.join(PRESETS)}")
     if (preset == "tune") != bool(given["start"]):
         raise BadInput(f"preset = {preset}: tune needs --start RUN, and --start implies tune")
+    if given["weights"] and not given["start"]:
+        raise BadInput(f"weights = {given['weights']}: needs --start RUN")
     values = {**PRESETS[preset][2], "preset": preset}
     files = {}
     if given["start"]:
@@ -899,6 +907,7 @@ def take_start(start, given):
     if config.facts:
         files[config.facts] = read_bytes(start / config.facts)
     if weights != "none":
+        load_run(start, weights)  # what does not fit is refused before anything is written
         files["start.pt"] = read_bytes(start / f"{weights}.pt")
     return {**asdict(config), "weights": weights}, files
 
@@ -1021,7 +1030,8 @@ def run_command(name, body):
 def lacking(error):
     """What the machine lacks, by an error of torch or numpy; None if it is another error."""
     text = str(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+    tried = "tried to allocate" in text.lower() or "allocate memory" in text
+    if tried or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return f"not enough memory ({' '.join(text.split())}); a smaller --batch-size needs less"
     if "no kernel image" in text:
         return "this GPU has no kernels in this PyTorch; --device cpu trains without it"
@@ -1116,8 +1126,8 @@ def tell(config, history):
     if config.new_facts:
         kinds = {"new_atomic": "new facts alone", "new_old": "compositions new + old",
                  "old_new": "old + new", "new_new": "new + new"}
-        shares = ", ".join(f"{end[kind]:.3f} of the {said}" for kind, said in kinds.items())
-        return [f"After {config.steps} steps of fine-tuning it answers {shares}."]
+        shares = [f"{end[kind]:.3f} of the {said}" for kind, said in kinds.items() if kind in end]
+        return [f"After {config.steps} steps of fine-tuning it answers {', '.join(shares)}."]
     fit = first_step(history, 0.99, "train_inferred")
     if fit is None:
         return [f"It has not fitted its training: {end['train_inferred']:.3f} right at the end."]
@@ -1129,8 +1139,9 @@ def tell(config, history):
                     + (": it grokked." if end["test_ood"] >= 0.9 else "."))
     told.append(f"At the end it answers {end['test_ood']:.3f} of the OOD questions and "
                 f"{end['test_id']:.3f} of unseen ID questions.")
-    told.append(f"Asked alone, it knows {end['ood_atomic']:.3f} of the OOD facts. All took "
-                f"{history[-1]['seconds']:.0f} s on {config.device}.")
+    if "ood_atomic" in end:
+        told.append(f"Asked alone, it knows {end['ood_atomic']:.3f} of the OOD facts.")
+    told.append(f"All took {history[-1]['seconds']:.0f} s on {config.device}.")
     return told
 
 

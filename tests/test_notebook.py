@@ -18,7 +18,8 @@ import pytest
 import analyze
 import data
 import grok
-from extras import facts, pictures, student, tables
+from extras import facts, pictures, tables
+from tools import student
 
 HERE = Path(__file__).resolve().parent.parent
 NOTEBOOK = nbformat.read(HERE / "tutorial.ipynb", as_version=4)
@@ -165,7 +166,7 @@ def with_answers(copied, solutions):
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
-    """The folder that extras.student writes."""
+    """The folder that tools.student writes."""
     out = tmp_path_factory.mktemp("student")
     assert student.main(["-o", str(out)]) == 0
     return out
@@ -265,10 +266,10 @@ def test_the_copy_holds_neither_outputs_nor_solutions(written):
     copied = json.loads(text)
     assert "Solution" not in text and '"solution"' not in text
     page = (written / "solutions.md").read_text(encoding="utf-8")
-    found = re.findall("```python\n(.*?)```", page, re.DOTALL)
-    assert len(found) == len(WRONG) == page.count("## Exercise")
+    solutions = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    assert len(solutions) == len(WRONG) == page.count("## Exercise")
     sources = ["".join(cell["source"]) for cell in copied["cells"]]
-    for solution in found:
+    for solution in solutions:
         assert not any(solution.strip() in source for source in sources)
     for cell in copied["cells"]:
         if cell["cell_type"] == "code":
@@ -277,16 +278,32 @@ def test_the_copy_holds_neither_outputs_nor_solutions(written):
     assert stubs == len(WRONG)
 
 
-def test_the_command_refuses_in_one_line(tmp_path):
+def test_a_file_that_is_no_notebook_is_refused(tmp_path):
+    cell = {"cell_type": "code", "metadata": {}, "source": "x = 1"}
+    bad = [[], {}, {"cells": [1]}, {"cells": [{}]}, {"cells": [{**cell, "source": [1]}]},
+           {"cells": [{**cell, "metadata": None}]}]
+    contents = [json.dumps(content).encode() for content in bad]
+    for content in (*contents, b"", b"{", b"[" * 10**6, "\xe9".encode("latin-1")):
+        (tmp_path / "bad.ipynb").write_bytes(content)
+        with pytest.raises(data.BadInput, match="bad.ipynb"):
+            student.read_notebook(tmp_path / "bad.ipynb")
+    with pytest.raises(data.BadInput, match="none.ipynb"):
+        student.read_notebook(tmp_path / "none.ipynb")
+    good = json.dumps({"cells": [{**cell, "source": ["x = 1\n", "x"]}]}).encode()
+    (tmp_path / "mark.ipynb").write_bytes(b"\xef\xbb\xbf" + good)
+    assert student.read_notebook(tmp_path / "mark.ipynb")["cells"][0]["source"] == "x = 1\nx"
+
+
+def test_the_student_command_runs_as_a_file_from_anywhere(written, tmp_path):
+    """As an editor's Run button starts it; without docstrings; what it cannot do takes one line."""
     (tmp_path / "file").write_text("", encoding="utf-8")
-    command = [sys.executable, "-m", "extras.student", "-o", str(tmp_path / "file" / "below")]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("extras.student: ")
-    assert done.stderr.count("\n") == 1
-    (tmp_path / "bad.ipynb").write_text("{}", encoding="utf-8")
-    for name in ("bad.ipynb", "none.ipynb"):
-        with pytest.raises(data.BadInput, match=name):
-            student.read_notebook(tmp_path / name)
+    command = [sys.executable, "-OO", str(HERE / "tools" / "student.py"), "-o"]
+    done = subprocess.run([*command, "class"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in ("tutorial_student.ipynb", "solutions.md"):
+        assert (tmp_path / "class" / name).read_bytes() == (written / name).read_bytes()
+    assert student.main(["-o", str(tmp_path / "file" / "below")]) == 2
+    assert student.main(["--oot", "x"]) == 2
 
 
 # ---------------------------------------------------------------- the page for teachers

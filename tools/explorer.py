@@ -1,10 +1,12 @@
-"""A page to patch in: one HTML file, for any browser, that holds a run and its forward pass.
+"""A page to swap in: one HTML file, for any browser, that holds runs and their forward pass.
 
-    python -m extras.explorer [RUN] -o explorer.html
+    python -m tools.explorer [RUN ...] -o figures/explorer.html
 
-The page is extras/explorer.html with the run's data put in. It loads nothing and needs no network.
+"In which city does Ada's mother live?" is answered through Bea. The page shows what the logit lens
+reads at every site, and a click puts in what the model holds there while it answers "In which
+street does Carl's boss live?". If the answer becomes the city of Dora, his boss, that site carries
+the bridge. The page is tools/explorer.html with the data of the runs put in; it loads nothing.
 """
-import argparse
 import base64
 import json
 import os
@@ -14,25 +16,218 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+import torch
 
-from analyze import EXAMINED, other_r2, predict, right_only
-from data import BadInput
-from grok import WEIGHTS, load_run, read_run, say, to_tokens, write_file
+if not __package__:  # started as a file, as an editor's Run button does: Python looks in tools/ only
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from analyze import (EXAMINED, bridge_site, other_r2, patch, patch_map, predict, right_only, tail,
+                     values_at, values_of)
+from data import BadInput, question_numbers, regime_name
+from grok import (WEIGHTS, Parser, first_step, load_run, read_run, run_command, say, to_tokens,
+                  write_file)
 
 HERE = Path(__file__).resolve().parent
-DEFAULT = Path("runs/shipped/small/second_full/seed0")
-MOST_BYTES = 600_000
+SHIPPED = HERE.parent / "runs" / "shipped"
+DEFAULT = (SHIPPED / "small" / "second_full" / "seed0",  # used, and hardly seen
+           SHIPPED / "tiny" / "natural" / "seed0")       # used, and seen
+MOST_BYTES = 1_000_000
 MOST_QUERIES = 300  # of each kind
 TRIED = 2000        # queries of each kind, of which those answered rightly are taken
 
+# What the opening pair is called in a random world: its entities, its relations. "Oslo" is what the
+# donor's bridge predicts.
+ENTITIES = ("Ada", "Bea", "Bern", "Carl", "Dora", "Elm Road", "Oslo")
+RELATIONS = ("mother", "city", "boss", "street")
 
-# ---------------------------------------------------------------- what the page holds
-def load_rounded(folder, stage):
+
+# ---------------------------------------------------------------- the queries of a run
+def load_rounded(folder, weights):
     """(model, world, splits) of a run, the weights rounded to half precision as in the page."""
-    model, world, splits = load_run(folder, stage)
-    model.load_state_dict({name: weight.half().float()
-                           for name, weight in model.state_dict().items()})
+    model, world, splits = load_run(folder, weights)
+    for weight in model.parameters():
+        weight.copy_(weight.half().float())
     return model, world, splits
+
+
+def make_pools(model, world, splits):
+    """{"ID", "OOD": Queries that the model answers rightly, in random order}. As analyze.seen does,
+    they leave out those whose bridge is their own head, where the query shows its own token."""
+    rng = np.random.default_rng(0)
+    pools = {}
+    for split, kind in EXAMINED.items():
+        shuffled = splits[split].take(rng.permutation(len(splits[split].h)))
+        hidden = shuffled.take(shuffled.b != shuffled.h)
+        pools[kind] = right_only(model, world, hidden.take(slice(TRIED)))
+    return pools
+
+
+def find_site(model, world, pool):
+    """The one site (loop, part, position) of the bridge, by analyze.bridge_site: where donors with
+    another r2 redirect most answers to Queries of the pool. None if there is no such site."""
+    clean = pool.take(slice(MOST_QUERIES))
+    clean, donor, predicted = other_r2(world, clean, pool, np.random.default_rng(0))
+    tokens, _ = to_tokens(clean, world, model.config.layout)
+    donor_tokens, _ = to_tokens(donor, world, model.config.layout)
+    if len(tokens) == 0:
+        return None
+    used = patch_map(model, tokens, values_of(model, donor_tokens), predicted)
+    found_there = bridge_site(model, world, pool, used, {}, None)
+    return tuple(found_there["sites"][0]) if found_there["where"] == "one site" else None
+
+
+# ---------------------------------------------------------------- the opening pair
+def choose_opening(model, world, pools, site, wished=None):
+    """(kind, row of the clean query, row of the donor) in a pool: the first pair that is fit to open
+    the page, or, where none is, the first that is fair. OOD queries go first, and before them
+    `wished`, (kind, clean, donor) of another run of this world. None if there is no fair pair."""
+    fair = None
+    for kind in ("OOD", "ID"):
+        pool = pools[kind]
+        clean, donor, _ = other_r2(world, pool, pool, np.random.default_rng(0))
+        clean_rows = find_rows(world, pool, clean)
+        donor_rows = find_rows(world, pool, donor)
+        if wished is not None and wished[0] == kind:
+            wished_rows = [find_rows(world, pool, query) for query in wished[1:]]
+            if all(len(rows) for rows in wished_rows):
+                clean_rows = np.concatenate([wished_rows[0], clean_rows])
+                donor_rows = np.concatenate([wished_rows[1], donor_rows])
+        if len(clean_rows) == 0:
+            continue
+        fair = fair or (kind, clean_rows[0], donor_rows[0])
+        fit = can_open(model, world, pool.take(clean_rows), pool.take(donor_rows), site)
+        if fit.any():
+            first = fit.argmax()
+            return kind, clean_rows[first], donor_rows[first]
+    return fair
+
+
+def find_rows(world, pool, queries):
+    """The rows at which Queries stand in a pool, without those that do not."""
+    row_of = {number: row for row, number in enumerate(question_numbers(world, pool).tolist())}
+    numbers = question_numbers(world, queries).tolist()
+    return np.array([row_of[number] for number in numbers if number in row_of], int)
+
+
+def can_open(model, world, clean, donor, site):
+    """(N,) bool: for which pairs a swap at the site redirects the answer, and all that they are
+    about are different things, so that each can have a name of its own."""
+    if site is None:
+        return np.zeros(len(clean.h), bool)
+    tokens, _ = to_tokens(clean, world, model.config.layout)
+    swapped = patch(model, tokens, values_at(model, world, donor, [site])).argmax(-1)
+    redirected = swapped.numpy() == tail(world, donor.b, clean.r2)
+    entities, relations = things_of(world, clean, donor)
+    return redirected & all_different(entities) & all_different(relations)
+
+
+def things_of(world, clean, donor):
+    """What pairs are about, in the order of ENTITIES and RELATIONS: (7, N) and (4, N)."""
+    predicted = tail(world, donor.b, clean.r2)
+    entities = np.stack([clean.h, clean.b, clean.t, donor.h, donor.b, donor.t, predicted])
+    relations = np.stack([clean.r1, clean.r2, donor.r1, donor.r2])
+    return entities, relations
+
+
+def all_different(table):
+    """(N,) bool: in which columns of a table (K, N) no number stands twice."""
+    return np.array([len(set(column)) == len(column) for column in table.T.tolist()], bool)
+
+
+def name_things(world, clean, donor):
+    """(entity names, relation names) of a random world, those of the opening pair replaced."""
+    entities, relations = things_of(world, clean, donor)
+    entity_names = list(world.entity_names)
+    relation_names = list(world.relation_names)
+    for entity, name in zip(entities[:, 0], ENTITIES):
+        entity_names[entity] = name
+    for relation, name in zip(relations[:, 0], RELATIONS):
+        relation_names[relation] = name
+    return entity_names, relation_names
+
+
+# ---------------------------------------------------------------- what the page holds of a run
+def describe_run(folder, earlier=None):
+    """(run, opening) for the page; BadInput for a run that it cannot show. The opening pair of an
+    `earlier` run, (world, kind, clean, donor), is taken if it belongs to the same world and fits.
+
+    run = {"name", "config": Config, "entities", "relations": names,
+           "tails": (E, R), -1 where there is no fact,
+           "queries": {"ID", "OOD": see `as_rows`}, "right": see `shares_right`,
+           "site": (loop, part, position) of the bridge or None,
+           "opening": {"kind", "clean", "donor": [h, r1, r2], "named": whether it has ENTITIES},
+           "sizes": [[name, numbers]...] of the weights, "weights": {"fit", "end": see `encode`}}
+    The weights at the fit are there only if the run has them.
+    """
+    config, history = read_run(folder)
+    models, world, splits = load_models(folder, config)
+    model = models["end"]
+    pools = make_pools(model, world, splits)
+    site = find_site(model, world, pools["ID"])
+    same_world = earlier is not None and np.array_equal(earlier[0].facts, world.facts)
+    opening = choose_opening(model, world, pools, site, earlier[1:] if same_world else None)
+    if opening is None:
+        raise BadInput(f"{folder}: no two compositions that it answers rightly make a fair pair")
+    kind, *rows = opening
+    clean = pools[kind].take(rows[:1])
+    donor = pools[kind].take(rows[1:])
+    named = not config.facts and bool(can_open(model, world, clean, donor, site)[0])
+    entity_names, relation_names = world.entity_names, world.relation_names
+    if named:
+        entity_names, relation_names = name_things(world, clean, donor)
+    others = np.setdiff1d(np.arange(len(pools[kind].h)), rows)
+    pools[kind] = pools[kind].take(np.concatenate([rows, others]))      # the opening pair leads
+    queries = {kind: as_rows(pool.take(slice(MOST_QUERIES)), models.get("fit"), world)
+               for kind, pool in pools.items()}
+    run = {"name": f"{config.preset}, {regime_name(config)}, seed {config.seed}",
+           "config": asdict(config),
+           "entities": entity_names,
+           "relations": relation_names,
+           "tails": np.where(world.index >= 0, world.facts[world.index, 2], -1).tolist(),
+           "queries": queries,
+           "right": shares_right(history),
+           "site": site,
+           "opening": {"kind": kind, "clean": queries[kind][0][:3], "donor": queries[kind][1][:3],
+                       "named": named},
+           "sizes": [[name, weight.numel()] for name, weight in model.state_dict().items()],
+           "weights": {weights: encode(model) for weights, model in models.items()}}
+    return run, (world, kind, clean, donor)
+
+
+def load_models(folder, config):
+    """({"fit", "end": model}, world, splits); BadInput for a run that the page cannot show."""
+    if config.model != "looped":
+        raise BadInput(f"{folder}: model = {config.model}: the page shows looped models only")
+    if config.new_facts:
+        raise BadInput(f"{folder}: is fine-tuned; the page shows runs with ID and OOD compositions")
+    models = {}
+    for weights in WEIGHTS:
+        if weights == "end" or (folder / f"{weights}.pt").exists():
+            models[weights], world, splits = load_rounded(folder, weights)
+    n_weights = sum(weight.numel() for weight in models["end"].parameters())
+    check_size(folder, len(models) * n_weights * 2 * 4 // 3)
+    return models, world, splits
+
+
+def as_rows(queries, model_at_fit, world):
+    """Rows [h, r1, r2, 1 where the model at the fit answers rightly, too, else 0]."""
+    right = np.zeros(len(queries.h), int)
+    if model_at_fit is not None:
+        tokens, answers = to_tokens(queries, world, model_at_fit.config.layout)
+        right = (predict(model_at_fit, tokens) == answers).numpy().astype(int)
+    return np.column_stack([queries.h, queries.r1, queries.r2, right]).tolist()
+
+
+def shares_right(history):
+    """{"fit", "end": {"ID", "OOD": share of the test compositions answered rightly then}}."""
+    steps = {"fit": first_step(history, 0.99, "train_inferred"), "end": history[-1]["step"]}
+    right = {}
+    for line in history:
+        for weights, step in steps.items():
+            if line["step"] == step:
+                right[weights] = {kind: line["accuracy"].get(split)
+                                  for split, kind in EXAMINED.items()}
+    return right
 
 
 def encode(model):
@@ -41,90 +236,45 @@ def encode(model):
     return base64.b64encode(np.concatenate(weights).astype("<f2").tobytes()).decode()
 
 
-def choose_queries(model, world, splits):
-    """{"ID", "OOD": up to MOST_QUERIES random Queries of each that the model answers rightly}."""
-    rng, chosen = np.random.default_rng(0), {}
-    for split, kind in EXAMINED.items():
-        tried = splits[split].take(rng.permutation(len(splits[split].h))[:TRIED])
-        chosen[kind] = right_only(model, world, tried).take(slice(MOST_QUERIES))
-    return chosen
-
-
-def with_before(asked, model, world):
-    """Rows [h, r1, r2, 1 where the model before grokking answers rightly too, else 0]."""
-    right = np.zeros(len(asked.h), int)
-    if model is not None:
-        tokens, answers = to_tokens(asked, world, model.config.layout)
-        right = (predict(model, tokens) == answers).numpy().astype(int)
-    return np.column_stack([asked.h, asked.r1, asked.r2, right]).tolist()
-
-
-def describe(folder):
-    """The data of the page; BadInput for a run that it cannot show.
-
-    {"title", "config": Config, "entities", "relations": names, "tails": (E, R), -1 where there is
-     no fact, "queries": {"ID", "OOD": rows of `with_before`}, "sizes": [[name, numbers]...] of the
-     weights, "weights": {"before", "grokked": see `encode`}, before only where the run has it}
-    """
-    about, _ = read_run(folder)
-    models = {"grokked": load_rounded(folder, "grokked")}
-    if (folder / WEIGHTS["before"]).exists():
-        models = {"before": load_rounded(folder, "before"), **models}
-    model, world, splits = models["grokked"]
-    sizes = [[name, weight.numel()] for name, weight in model.state_dict().items()]
-    check_size(folder, len(models) * sum(size for _, size in sizes) * 2 * 4 // 3)
-    if not EXAMINED.keys() <= splits.keys():
-        raise BadInput(f"{folder}: is fine-tuned; the page shows runs with ID and OOD compositions")
-    chosen, before = choose_queries(model, world, splits), models.get("before", (None,))[0]
-    if not any(has_pair(world, asked) for asked in chosen.values()):
-        raise BadInput(f"{folder}: no two compositions that it answers rightly make a fair pair")
-    fact = world.index
-    return {"title": "{preset}, {regime}, seed {model[seed]}".format(**about),
-            "config": asdict(model.config), "entities": world.entity_names,
-            "relations": world.relation_names,
-            "tails": np.where(fact >= 0, world.facts[fact, 2], -1).tolist(),
-            "queries": {kind: with_before(asked, before, world) for kind, asked in chosen.items()},
-            "sizes": sizes, "weights": {stage: encode(m) for stage, (m, _, _) in models.items()}}
-
-
-def has_pair(world, asked):
-    """Whether two of the Queries make a fair swap."""
-    return len(other_r2(world, asked, asked, np.random.default_rng(0))[0].h) > 0
-
-
-def check_size(folder, n_bytes):
+def check_size(name, n_bytes):
     if n_bytes > MOST_BYTES:
-        raise BadInput(f"{folder}: too large for the page, {n_bytes // 1000} KB of at most "
+        raise BadInput(f"{name}: too large for the page, {n_bytes // 1000} KB of at most "
                        f"{MOST_BYTES // 1000}")
 
 
 # ---------------------------------------------------------------- the page
-def make_page(folder, notebook="../tutorial.ipynb"):
-    """The page of a run as bytes, the same each time; `notebook` is the address of its link."""
-    data = json.dumps({**describe(Path(folder)), "notebook": notebook}, separators=(",", ":"))
+def make_page(folders, notebook="../tutorial.ipynb"):
+    """The page of these runs as bytes, the same each time; `notebook` is the address of its link."""
+    runs = []
+    opening = None
+    for folder in folders:
+        run, opening_there = describe_run(Path(folder), opening)
+        opening = opening or opening_there
+        runs.append(run)
+    data = json.dumps({"runs": runs, "notebook": notebook}, separators=(",", ":"))
+    data = data.replace("<", "\\u003c")  # so that no name can close the element it stands in
     template = (HERE / "explorer.html").read_text(encoding="utf-8")
-    page = template.replace("@DATA@", data.replace("<", "\\u003c")).encode()  # closes no element
-    check_size(folder, len(page))
+    page = template.replace("@DATA@", data).encode()
+    check_size(", ".join(str(folder) for folder in folders), len(page))
     return page
 
 
 def main(argv=None):
-    """Write the page; exit status 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="explorer.py", description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", type=Path, default=DEFAULT,
-                        help=f"a run's folder ({DEFAULT.as_posix()})")
-    parser.add_argument("-o", "--out", type=Path, default=Path("explorer.html"),
-                        help="the page to write (explorer.html)")
-    given = parser.parse_args(argv)
-    try:
+    """Write the page; exit status 0, 2 for bad input, 130 when stopped."""
+    def body():
+        parser = Parser(prog="python -m tools.explorer", allow_abbrev=False,
+                        description="A page to swap in: one HTML file that holds runs.")
+        parser.add_argument("runs", nargs="*", type=Path, default=DEFAULT, metavar="RUN",
+                            help="folders of runs (small, second_full and tiny, natural, seed 0)")
+        parser.add_argument("-o", "--out", type=Path, default=Path("explorer.html"),
+                            metavar="FILE", help="the page to write (explorer.html)")
+        given = parser.parse_args(argv)
         notebook = Path(os.path.relpath(HERE.parent / "tutorial.ipynb", given.out.parent))
-        page = make_page(given.run, quote(notebook.as_posix()))
+        page = make_page(given.runs, quote(notebook.as_posix()))
         write_file(given.out, page)
-    except (BadInput, OSError) as error:
-        print(f"explorer.py: {error}", file=sys.stderr)
-        return 2
-    say(f"{given.out}: {len(page) / 1000:.0f} KB")
-    return 0
+        say(f"{given.out.as_posix()}: {len(page) / 1000:.0f} KB")
+
+    return run_command("tools.explorer", body)
 
 
 if __name__ == "__main__":

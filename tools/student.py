@@ -1,76 +1,101 @@
 """The notebook for a class: a copy without outputs and without solutions, and a page of solutions.
 
-    python -m extras.student [-o FOLDER]     writes tutorial_student.ipynb and solutions.md
+    python -m tools.student [-o FOLDER]     writes tutorial_student.ipynb and solutions.md
 
 The copy runs beside data.py, grok.py and analyze.py, so FOLDER is by default the one they lie in.
 """
-import argparse
 import json
 import sys
 from pathlib import Path
 
-from data import BadInput
-from grok import say, write_file
+if not __package__:  # an editor's Run button starts this file and not the module
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import decode, read_bytes, reading
+from grok import Parser, run_command, say, write_file
 
 HERE = Path(__file__).resolve().parent.parent
 
 
 def read_notebook(path):
-    """The notebook as nested dicts and lists, each cell's source as one text."""
-    try:
-        notebook = json.loads(Path(path).read_text(encoding="utf-8"))
+    """The notebook as nested dicts and lists, each cell's source as one text; BadInput if the file
+    cannot be read or is no notebook."""
+    text = decode(read_bytes(path), path)
+    with reading(path, "is damaged, or no notebook"):
+        notebook = json.loads(text)
+        if not isinstance(notebook, dict):
+            raise ValueError("holds no dict")
         for cell in notebook["cells"]:
+            check_cell(cell)
             cell["source"] = "".join(cell["source"])
-        return notebook
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}")
-    except (ValueError, KeyError, TypeError):
-        raise BadInput(f"{path}: is damaged, or no notebook")
+    return notebook
+
+
+def check_cell(cell):
+    """ValueError unless a cell has what is needed of it here."""
+    if not isinstance(cell, dict) or not {"cell_type", "metadata", "source"} <= cell.keys():
+        raise ValueError("a cell lacks its type, metadata or source")
+    if not isinstance(cell["metadata"], dict):
+        raise ValueError("the metadata of a cell are no dict")
+    source = cell["source"]  # a text, or a list of its lines
+    if not isinstance(source, (str, list)) or not all(isinstance(line, str) for line in source):
+        raise ValueError("the source of a cell is no text")
 
 
 def is_solution(cell):
+    """Whether a cell is tagged as a solution."""
     return "solution" in cell["metadata"].get("tags", ())
 
 
 def student_copy(notebook):
     """The notebook without solutions, outputs and execution counts; stubs and checks stay."""
-    cells = [dict(cell) for cell in notebook["cells"] if not is_solution(cell)]
-    for cell in cells:
+    cells = []
+    for cell in notebook["cells"]:
+        if is_solution(cell):
+            continue
         if cell["cell_type"] == "code":
-            cell.update(outputs=[], execution_count=None)
+            cell = {**cell, "outputs": [], "execution_count": None}
+        cells.append(cell)
     return {**notebook, "cells": cells}
 
 
 def solutions(notebook):
     """Markdown: the heading of every exercise and, under it, its solution."""
-    parts, heading = ["# Solutions to the exercises of tutorial.ipynb"], ""
+    parts = ["# Solutions to the exercises of tutorial.ipynb"]
+    heading = ""
     for cell in notebook["cells"]:
-        first = cell["source"].split("\n")[0]
-        if first.startswith("### "):
-            heading = first.removeprefix("#")
+        first_line = cell["source"].split("\n")[0]
+        if first_line.startswith("### "):
+            heading = first_line.removeprefix("#")
         if is_solution(cell):
-            code = cell["source"].split("```")[1]                # "python", then the lines
-            parts += [heading, f"```{code}```"]
+            code = cell["source"].split("```")[1]  # "python", then the lines
+            parts.append(heading)
+            parts.append(f"```{code}```")
     return "\n\n".join(parts) + "\n"
 
 
+def write_files(out):
+    """Write both files to the folder `out`."""
+    notebook = read_notebook(HERE / "tutorial.ipynb")
+    copied = json.dumps(student_copy(notebook), indent=1, ensure_ascii=False) + "\n"
+    files = {"tutorial_student.ipynb": copied, "solutions.md": solutions(notebook)}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        write_file(out / name, text.encode("utf-8"))
+        say((out / name).as_posix())
+
+
 def main(argv=None):
-    """Write both files; exit status 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="extras.student", description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--out", type=Path, default=HERE, help="folder (beside grok.py)")
-    out = parser.parse_args(argv).out
-    try:
-        notebook = read_notebook(HERE / "tutorial.ipynb")
-        text = json.dumps(student_copy(notebook), indent=1, ensure_ascii=False) + "\n"
-        page = solutions(notebook)
-        out.mkdir(parents=True, exist_ok=True)
-        for name, content in (("tutorial_student.ipynb", text), ("solutions.md", page)):
-            write_file(out / name, content.encode("utf-8"))
-            say(str(out / name))
-    except (BadInput, OSError) as error:
-        print(f"extras.student: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Write both files; exit status 0, 2 for bad input, 130 when stopped."""
+    def body():
+        parser = Parser(prog="python -m tools.student", allow_abbrev=False,
+                        description="The notebook for a class: a copy without outputs and "
+                        "solutions, tutorial_student.ipynb, and a page of solutions, solutions.md.")
+        parser.add_argument("-o", "--out", type=Path, default=HERE, metavar="FOLDER",
+                            help="where they go (beside grok.py)")
+        write_files(parser.parse_args(argv).out)
+
+    return run_command("student", body)
 
 
 if __name__ == "__main__":
