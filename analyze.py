@@ -377,9 +377,10 @@ def score_sites(model, world, queries, sites, code, n=500):
     {"n": pairs of `other_r2`, of up to n queries, and the shares of these
        "donor", "code", "noise": redirected by the donor's value, by its bridge's code in place of
                                  our bridge's, by noise,
-       "others_swapped": kept if all *other* positions hold the donor's state after these loops,
      "n_same_bridge", "same_bridge": kept with the value of a donor of the same bridge,
-     "n_mixed_donors", "mixed_donors": redirected by values of two donors; of a set of sites alone}
+     "n_mixed_donors", "mixed_donors": redirected by values of two donors; of a set of sites alone,
+     "n_others_swapped", "others_swapped": kept if after these loops all *other* positions hold the
+                                           state of a donor with the same r2, another bridge}
     """
     rng = np.random.default_rng(0)
     tried = queries.take(slice(n if sites else 0))
@@ -388,13 +389,17 @@ def score_sites(model, world, queries, sites, code, n=500):
     put = values_at(model, world, donor, sites)
     result["n_same_bridge"] = len(clean.h)
     result["same_bridge"] = share_becoming(clean.t, model, world, clean, put)
-    tried = tried.take(slice(n if len(sites) > 1 else 0))  # one site cannot be parted
-    clean, first, second, predicted = mixed_donors(world, tried, queries, rng)
+    parted = tried.take(slice(n if len(sites) > 1 else 0))  # one site cannot be parted
+    clean, first, second, predicted = mixed_donors(world, parted, queries, rng)
     # the first site gets the first donor's value, the others get the second's
     put = values_at(model, world, first, sites[:1])
     put.update(values_at(model, world, second, sites[1:]))
     result["n_mixed_donors"] = len(clean.h)
     result["mixed_donors"] = share_becoming(predicted, model, world, clean, put)
+    clean, donor, _ = swap(tried, queries, rng)
+    put = values_at(model, world, donor, other_positions(sites, code["state"].shape[2]))
+    result["n_others_swapped"] = len(clean.h)
+    result["others_swapped"] = share_becoming(clean.t, model, world, clean, put)
     return result
 
 
@@ -402,7 +407,6 @@ def score_other_r2(model, world, tried, pool, sites, code, rng):
     """The part of `score_sites` that rests on donors of another r2."""
     clean, donor, predicted = other_r2(world, tried, pool, rng)
     theirs = values_at(model, world, donor, sites)
-    others = values_at(model, world, donor, other_positions(sites, code["state"].shape[2]))
     in_code = {}
     for site, own in values_at(model, world, clean, sites).items():
         entity_codes = at(code, [site])[site]                           # (E, D)
@@ -411,7 +415,6 @@ def score_other_r2(model, world, tried, pool, sites, code, rng):
     result = {"n": len(clean.h)}
     for name, put in (("donor", theirs), ("code", in_code), ("noise", random)):
         result[name] = share_becoming(predicted, model, world, clean, put)
-    result["others_swapped"] = share_becoming(clean.t, model, world, clean, others)
     return result
 
 

@@ -204,7 +204,9 @@ class RecursiveTransformer(TwoHopModel):
 
     One *pass* goes through all blocks; one *loop* is one block, so at the paper's sizes there are
     2 * (6 + 1) * 2 = 28 loops. The same `edit(loop, part, value)` is called in each.
-    Differs from the paper: plain cross-entropy, no halting loss (no run of theirs halts early)."""
+    Differs from the paper: plain cross-entropy, which its StableMax replaces; no halting loss, since
+    none of its runs halts; and both norms run over the channels, where the paper's code lets the
+    first one run over the positions: over four of them that makes the fit a third slower."""
 
     def __init__(self, config, n_entities, n_relations):
         super().__init__(config, n_entities, n_relations)
@@ -276,8 +278,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, z, loop, edit):
         mixed = edit(loop, "mixed", self.mix(z).transpose(0, 1))                # (B, T, D)
-        # as in the paper's code, the norm runs over the axis that was just worked on
-        z = norm_over_positions(z + mixed.transpose(0, 1))
+        z = rms_norm(z + mixed.transpose(0, 1))
         z = rms_norm(z + gated(self.gate_up, self.down, z))
         state = edit(loop, "state", z.transpose(0, 1))                          # (B, T, D)
         return state.transpose(0, 1)
@@ -286,11 +287,6 @@ class ResidualBlock(nn.Module):
         """z (T, B, D) -> a gated MLP along the positions, (T, B, D)."""
         gate, up = (self.mix_gate_up.weight @ z.flatten(1)).chunk(2, dim=0)     # (4T, B * D) each
         return (self.mix_down.weight @ (F.silu(gate) * up)).view(z.shape)
-
-
-def norm_over_positions(z):
-    """z (T, B, D) scaled to root mean square 1 along its positions, channel by channel."""
-    return z * torch.rsqrt(z.square().mean(0, keepdim=True) + 1e-6)
 
 
 def name_loops(config):
@@ -970,17 +966,19 @@ def prepare(config, files, folder):
     """The Trainer of a run, where it was left or at its first step; its folder is made ready."""
     world, splits = make_data(config, files)
     trainer = Trainer(config, world, splits)
+    goes_on = (folder / "last.pt").exists()
+    if goes_on:  # read before anything is written: it may be damaged
+        read_checkpoint(folder / "last.pt", trainer.load_state_dict)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "config.json", (json.dumps(asdict(config), indent=1) + "\n").encode())
     for name, content in files.items():
         write_file(folder / name, content)
-    if (folder / "start.pt").exists():
+    if goes_on:
+        write_metrics(trainer, folder)  # it may have been stopped just before
+    elif (folder / "start.pt").exists():
         weights = read_checkpoint(folder / "start.pt", take_weights)
         trainer.model.load_state_dict(weights)
         trainer.average.load_state_dict(weights)
-    if (folder / "last.pt").exists():
-        read_checkpoint(folder / "last.pt", trainer.load_state_dict)
-        write_metrics(trainer, folder)  # it may have been stopped just before
     return trainer
 
 

@@ -266,7 +266,7 @@ def check_exposed(paths, train, new, config, splits):
     n_exposed = round(config.exposed * config.new_facts)
     assert len(exposed) <= n_exposed <= len(exposed) + len(new - with_kept)
     assert ("exposed_old" in splits) == ("old_exposed" in splits) == (config.exposed > 0)
-    for hop, tested, exposed_split in ((1, "new_old", "exposed_old"), (2, "old_new", "old_exposed")):
+    for hop, name, exposed_name in ((1, "new_old", "exposed_old"), (2, "old_new", "old_exposed")):
         of_exposed = {question for question in mixed[hop]
                       if fact_at(paths, hop, question) in exposed}
         available = count_facts(paths, hop, of_exposed)
@@ -274,11 +274,11 @@ def check_exposed(paths, train, new, config, splits):
         for fact in available:
             assert trained[fact] == min(config.exposed_k, available[fact])
         assert mixed[hop] & train <= of_exposed
-        assert set(rows(splits[tested])) == mixed[hop] - of_exposed
-        check_answers(paths, splits[tested])
+        assert set(rows(splits[name])) == mixed[hop] - of_exposed
+        check_answers(paths, splits[name])
         if config.exposed > 0:
-            assert set(rows(splits[exposed_split])) == of_exposed - train
-            check_answers(paths, splits[exposed_split])
+            assert set(rows(splits[exposed_name])) == of_exposed - train
+            check_answers(paths, splits[exposed_name])
     new_new = set(rows(splits["new_new"]))
     check_answers(paths, splits["new_new"])
     assert new_new <= of_kind(paths, True, True)
@@ -327,7 +327,7 @@ def test_own_facts_keep_their_names_and_order(tmp_path):
     (b"a\tr\ta\nJ\xf6rg\tr\tc\n", "line 2: is not UTF-8 text"),  # Latin-1
     (b"a\tr\tb\nc\tr\td\n", "has no two-hop path"),
     (b"a\tr\ta\n\xef\xbb\xbfb\tr\tc\nb \tr\tc\na\tr\tb\n", "line 4: another tail of .a, r."),
-    ("".join(f"a{i}\tr{i}\ta0\n" for i in range(8000)).encode(), "makes over 50000000")])
+    ("".join(f"a{i}\tr{i}\ta0\n" for i in range(8000)).encode(), "makes over 50000")])
 def test_own_facts_that_cannot_be_used_are_refused(content, said, tmp_path):
     path = tmp_path / "facts.tsv"
     path.write_bytes(content)
@@ -579,24 +579,29 @@ def test_the_hook_of_the_recursive_model_is_called_in_every_loop_and_each_has_it
 
 @every_kind
 def test_what_the_hook_returns_takes_the_place_of_what_it_was_given(changes):
-    """Another query's value at one position and part, in every loop, gives the same as that value
-    put there for all queries alike; its last state gives its logits."""
+    """Another query's states give its logits, and what was mixed for it changes them; a query's own
+    values change nothing. The last state, read and unembedded, is the output."""
     model = make_model(**changes)
-    tokens = random_tokens(model.config.layout)
+    tokens = random_tokens(model.config.layout)[:8]  # compositions, all answered at one position
     donor = tokens.roll(1, 0)
+    ours = run_values(model, tokens)
     theirs = run_values(model, donor)
-    assert model.n_loops == len(model.loop_names) == len(theirs["state"])
+    assert model.n_loops == len(model.loop_names) == len(ours["state"])
 
-    def all_states(loop, part, value):
+    def their_states(loop, part, value):
         return theirs[part][loop] if part == "state" else value
 
-    def first_mixed(loop, part, value):
+    def their_first_mixed(loop, part, value):
         return theirs[part][loop] if (loop, part) == (0, "mixed") else value
 
-    torch.testing.assert_close(model(tokens, edit=all_states), model(donor))
-    assert not torch.allclose(model(tokens, edit=first_mixed), model(tokens))
-    values = run_values(model, tokens)
-    assert torch.equal(model.unembed(model.read(values["state"][-1], tokens)), model(tokens))
+    def our_values(loop, part, value):
+        return ours[part][loop].clone()
+
+    logits = model(tokens)
+    assert torch.equal(model(tokens, edit=their_states), model(donor))
+    assert not torch.allclose(model(tokens, edit=their_first_mixed), logits)
+    assert torch.equal(model(tokens, edit=our_values), logits)
+    assert torch.equal(model.unembed(model.read(ours["state"][-1], tokens)), logits)
 
 
 def count_parameters(**changes):
@@ -1277,7 +1282,7 @@ def test_a_start_that_is_trained_further_or_deleted_changes_nothing(here):
 @pytest.mark.parametrize("exposed", ["0.5", "1"])
 def test_what_was_not_measured_is_not_told(exposed, here, capsys):
     """If all new facts are exposed, no composition of unexposed ones is left."""
-    assert grok.main([*TUNED, "--exposed", exposed, "--out", "new"]) == 0
+    assert grok.main([*TUNED, "--exposed", exposed, "--exposed-k", "1", "--out", "new"]) == 0
     accuracy = metrics("new")[-1]["accuracy"]
     assert ("new_old" in accuracy) == (exposed == "0.5")
     assert {"exposed_old", "old_exposed"} <= accuracy.keys()
@@ -1315,11 +1320,13 @@ def test_a_setting_has_a_flag_and_keeps_its_type_and_limits(item):
 def test_the_help_names_every_setting_and_preset_with_its_default(capsys):
     with pytest.raises(SystemExit):
         grok.main(["--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    for name in (*PRESETS, *REGIMES, "--start", "--out", *dict.fromkeys(grok.GROUPS.values())):
-        assert name in said
+    said = "".join(capsys.readouterr().out.split())  # wherever the lines break
+    for name in (*PRESETS, *REGIMES, *grok.GROUPS.values(), "--start RUN", "--out FOLDER"):
+        assert name.replace(" ", "") in said
     for item in fields(Config):
-        assert f"--{item.name.replace('_', '-')} V {item.metadata['help']}" in said
+        flag = item.name.replace("_", "-")
+        line = f"--{flag} V {item.metadata['help']}"
+        assert line.replace(" ", "") in said
         assert f"({item.default})" in said or item.default == ""
 
 
@@ -1435,6 +1442,8 @@ def test_a_damaged_or_foreign_file_is_refused_and_runs_no_code(name, here, capsy
         if name == "metrics.jsonl":
             with pytest.raises(BadInput, match=name):
                 read_run("run")
+        if name == "last.pt":
+            refuses([*SMOKE, "--steps", "200", "--out", "run"], f"run/{name}", capsys)
 
 
 @pytest.mark.parametrize("changes", [
@@ -1459,3 +1468,498 @@ def test_foreign_weights_are_refused(here, capsys):
         refuses([*TUNED, "--out", "new"], "run/end.pt: is damaged", capsys)
 
 
+# ---------------------------------------------------------------- analyze: a circuit known by hand
+class TwoHopTable(torch.nn.Module):
+    """A circuit that is known, since it is written here. Of "In which city does Ada's mother live?"
+    loop 1 looks up Ada's mother and puts Bea at r1; loop 2 looks up the city of whoever stands at
+    r1 and puts Bern at the last position; loop 3 does nothing. Every vector is one-hot, and what
+    was looked up is `mixed` before it becomes the state there: so all maps are known."""
+
+    def __init__(self, world, layout):
+        super().__init__()
+        self.n_loops = 3
+        self.loop_names = ["loop 1", "loop 2", "loop 3"]
+        self.stages = [0, 1, 2]
+        self.config = Config(n_loops=3, layout=layout)
+        self.E = world.n_entities
+        self.blank = world.n_entities + world.n_relations
+        self.one_hot = torch.eye(self.blank + 1)
+        heads, relations, tails = torch.from_numpy(world.facts).T
+        self.hop1 = torch.full((self.blank + 1, world.n_relations), self.blank)  # no such fact
+        self.hop1[heads, relations] = tails
+        self.hop2 = self.hop1.clone()
+
+    def forward(self, tokens, edit=grok.unchanged):
+        state = self.one_hot[tokens]                                            # (B, T, V)
+        for loop in range(self.n_loops):
+            mixed = self.one_hot[self.blank].expand_as(state).clone()  # nothing was looked up
+            if loop == 0:
+                mixed[:, 1] = self.one_hot[self.hop1[tokens[:, 0], tokens[:, 1] - self.E]]
+            if loop == 1:
+                bridge = state[:, 1].argmax(-1)
+                mixed[:, -1] = self.one_hot[self.hop2[bridge, tokens[:, 2] - self.E]]
+            mixed = edit(loop, "mixed", mixed)
+            is_nothing = mixed.argmax(-1, keepdim=True) == self.blank
+            state = edit(loop, "state", torch.where(is_nothing, state, mixed))
+        return self.unembed(self.read(state, tokens))
+
+    def read(self, state, tokens):
+        return state[:, -1]
+
+    def vectors(self):
+        return self.one_hot
+
+    def unembed(self, state):
+        return state @ self.one_hot.T
+
+
+BRIDGE = [(0, "mixed", 1), (0, "state", 1)]  # loop 2 reads the second of them alone
+ANSWER = [(1, "mixed", -1), (1, "state", -1), (2, "state", -1)]
+
+
+def hand_built(kind, layout):
+    """A model built by hand, its world, and ID queries whose h, b and t are three entities."""
+    config = Config(n_entities=24, n_relations=16, out_degree=12, phi=2.0)
+    world, splits = small_data(config)
+    queries = splits["test_id"]
+    are_three = (queries.h != queries.b) & (queries.b != queries.t) & (queries.h != queries.t)
+    return kind(world, layout), world, queries.take(are_three)
+
+
+@pytest.fixture(scope="module", params=["causal", "bidirectional"])
+def table(request):
+    return hand_built(TwoHopTable, request.param)
+
+
+@pytest.fixture(scope="module")
+def table_codes(table):
+    """The code of every entity at every site, and which entities have one."""
+    _, code, known = analyze.fit_on(*table)
+    return code, known
+
+
+def assert_map(found, ones, but=0):
+    """Maps {part: (3 loops, T)} are 1 at these sites and 0 elsewhere, or the reverse."""
+    for part in PARTS:
+        expected = np.full(np.shape(found[part]), float(but))
+        for loop, at_part, position in ones:
+            if at_part == part:
+                expected[loop, position] = 1 - but
+        assert np.array_equal(found[part], expected), part
+
+
+def test_the_lens_sees_the_known_circuit_and_among_entities_also_below_louder_tokens(table):
+    model, world, queries = table
+    found = analyze.seen(model, world, queries)
+    stays = [*BRIDGE, (1, "state", 1), (2, "state", 1)]
+    assert_map({part: found[part]["bridge"]["map"] for part in PARTS}, stays)
+    assert_map({part: found[part]["answer"]["map"] for part in PARTS}, ANSWER)
+    assert found["state"]["bridge"]["any"] == found["state"]["bridge"]["best"] == 1
+    chance = (queries.b == np.roll(queries.b, 1)).mean()
+    assert found["paper"] == {"any": 1, "any_chance": pytest.approx(chance, abs=0.1)}
+
+    class Louder(TwoHopTable):
+        def unembed(self, state):
+            is_no_entity = torch.arange(self.blank + 1) >= self.E
+            return super().unembed(state) + 2.0 * is_no_entity
+
+    found = analyze.seen(Louder(world, model.config.layout), world, queries)["state"]
+    assert found["bridge"]["map"][0][1] == 0
+    assert found["entity"]["map"][0][1] == 1
+
+
+def test_queries_whose_bridge_is_their_own_head_are_left_out_of_the_lens(table):
+    """They show it in their own token."""
+    model, world, queries = table
+    everything = data.queries(world, *compositions(world))
+    reflexive = everything.take(everything.h == everything.b)
+    assert len(reflexive.h) > 0
+    found = analyze.seen(model, world, reflexive)
+    assert (found["n"], found["left_out"]) == (0, len(reflexive.h))
+    assert found["state"]["bridge"]["any"] is found["paper"]["any"] is None
+    both = data.Queries(*(np.concatenate(pair) for pair in zip(queries, reflexive)))
+    assert analyze.seen(model, world, both)["n"] == len(queries.h)
+
+
+def test_evaluate_knows_the_known_circuit(table):
+    """With one query no other bridge could show by chance; of an empty split nothing is said."""
+    model, world, queries = table
+    splits = {"test_id": queries, "test_ood": queries.take([0]), "test_id_ood": queries.take([]),
+              "train_inferred": queries._replace(t=queries.h)}
+    found = evaluate(model, make_eval_sets(splits, world, model.config.layout, "cpu"))
+    assert found["accuracy"] == {"test_id": 1, "test_ood": 1, "train_inferred": 0}
+    assert set(found["lens"]) == {"test_id", "test_ood"}
+    all_seen = dict.fromkeys(("any", "best", "answer_any"), 1)
+    assert found["lens"]["test_id"].items() >= all_seen.items()
+    assert found["lens"]["test_ood"] == {**all_seen, "any_chance": None, "best": None,
+                                         "best_chance": None}
+
+
+def test_swaps_find_the_known_circuit(table, table_codes):
+    """A donor with the same r2 redirects where its bridge or its answer is carried, one of another
+    r2 only where its bridge is, one with the same bridge only where its answer is; by code the
+    bridge moves alone."""
+    model, world, queries = table
+    code, _ = table_codes
+    rng = np.random.default_rng(0)
+    clean, donor, predicted = analyze.swap(queries, queries, rng)
+    tokens, _ = to_tokens(clean, world, model.config.layout)
+    theirs = analyze.values_of(model, to_tokens(donor, world, model.config.layout)[0])
+    maps = analyze.swap_maps(model, world, queries.take(slice(400)), queries, code, rng)
+    maps["swap"] = analyze.patch_map(model, tokens, theirs, predicted)
+    for kind, redirected, changed in (("swap", [*BRIDGE, *ANSWER], []),
+                                      ("other_r2", BRIDGE, ANSWER), ("same_bridge", ANSWER, [])):
+        assert maps[kind]["n"] > 300
+        assert_map(maps[kind]["redirected"], redirected)
+        assert_map(maps[kind]["changed"], changed)
+        assert_map(maps[kind]["unchanged"], [*redirected, *changed], but=1)
+    for loop, part, position in BRIDGE:
+        assert maps["code"]["redirected"][part][loop, position] == 1
+    random = {part: analyze.noise(value) for part, value in theirs.items()}
+    broken = analyze.patch_map(model, tokens, random, predicted)
+    for outcome in ("redirected", "unchanged"):
+        assert broken[outcome]["state"][0, 1] < 0.15
+
+
+def find_site(model, world, queries, code):
+    """What `bridge_site` says of these queries, half of which choose the site."""
+    chosen_by = queries.take(slice(0, None, 2))
+    scored = {"test_id": queries.take(slice(1, None, 2))}
+    rng = np.random.default_rng(0)
+    maps = analyze.swap_maps(model, world, chosen_by.take(slice(300)), chosen_by, code, rng)
+    return analyze.bridge_site(model, world, chosen_by, maps["other_r2"], scored, code)
+
+
+def test_the_one_site_of_the_bridge_is_that_of_the_known_circuit(table, table_codes):
+    """Its value is the bridge and nothing else: the answer follows the donor's, and follows nothing
+    that is swapped elsewhere."""
+    model, world, queries = table
+    code, _ = table_codes
+    site = find_site(model, world, queries, code)
+    assert (site["where"], site["name"]) == ("one site", "mixed, loop 1, r1")
+    assert site["sites"] == [[0, "mixed", 1]] and site["redirected"] == 1
+    scores = site["test_id"]
+    assert scores["n"] > 100 and scores["n_same_bridge"] > 100
+    assert scores["donor"] == scores["code"] == 1
+    assert scores["others_swapped"] == scores["same_bridge"] == 1
+    assert scores["noise"] < 0.15
+    assert (scores["n_mixed_donors"], scores["mixed_donors"]) == (0, None)
+    site = find_site(model, world, queries.take([]), code)
+    assert site["where"] is site["redirected"] is site["test_id"]["donor"] is None
+
+
+class InInstalments(TwoHopTable):
+    """The bridge comes half in loop 2 and half in loop 3, at r1; hop 2 is looked up only if both
+    halves are of the same entity."""
+
+    def __init__(self, world, layout):
+        super().__init__(world, layout)
+        self.config = Config(**PAPER, model="recursive")
+
+    def forward(self, tokens, edit=grok.unchanged):
+        state = self.one_hot[tokens]
+        bridge = torch.zeros_like(state[:, 1])
+        for loop in range(self.n_loops):
+            mixed = torch.zeros_like(state)
+            if loop > 0:
+                mixed[:, 1] = self.one_hot[self.hop1[tokens[:, 0], tokens[:, 1] - self.E]] / 2
+            mixed = edit(loop, "mixed", mixed)
+            bridge = bridge + mixed[:, 1]
+            if loop == 2:
+                entity = torch.where(bridge.amax(-1) > 0.75, bridge.argmax(-1), self.blank)
+                state = state.clone()
+                state[:, -1] = self.one_hot[self.hop2[entity, tokens[:, 2] - self.E]]
+            state = edit(loop, "state", state)
+        return self.unembed(self.read(state, tokens))
+
+
+def test_a_bridge_that_comes_in_instalments_is_found_at_several_sites_together():
+    """Either half alone redirects nothing; the values of two donors of one bridge fit together."""
+    model, world, queries = hand_built(InInstalments, "bidirectional")
+    _, code, _ = analyze.fit_on(model, world, queries)
+    site = find_site(model, world, queries, code)
+    assert site["where"] == "several passes" and site["redirected"] == 1
+    assert site["sites"] == [[1, "mixed", 1], [2, "mixed", 1]]
+    assert site["name"] == "mixed, loop 2 and loop 3, r1"
+    assert site["test_id"]["donor"] == site["test_id"]["code"] == 1
+    assert site["test_id"]["mixed_donors"] == site["test_id"]["same_bridge"] == 1
+    assert site["test_id"]["n_mixed_donors"] > 100
+    one_half = analyze.score_sites(model, world, queries, site["sites"][:1], code)
+    assert one_half["donor"] == 0
+
+
+def test_aim_and_store_tell_which_hop_of_the_known_circuit_was_broken(table, table_codes):
+    """In the whole one both are right; then hop 1 aims at another entity from every second head;
+    then hop 2 knows nothing."""
+    whole, world, queries = table
+    code, known = table_codes
+
+    def measure(model):
+        return analyze.aim_and_store(model, world, queries, [(0, "state", 1)], code, known, n=400)
+
+    found = measure(whole)
+    assert found["n"] == 400
+    for name in ("as_is", "own_code", "snapped", "nearest_right"):
+        assert found[name] == 1, name
+    assert found["random_code"] < 0.2 and found["mean"] < 0.2
+    astray = copy.deepcopy(whole)
+    astray.hop1[0::2] = torch.where(whole.hop1[0::2] < world.n_entities,
+                                    (whole.hop1[0::2] + 1) % world.n_entities, whole.blank)
+    found = measure(astray)
+    assert found["own_code"] == 1
+    assert found["nearest_right"] == pytest.approx((queries.h[:400] % 2 == 1).mean())
+    assert found["nearest_right"] <= found["as_is"] == found["snapped"] < 0.8
+    empty = copy.deepcopy(whole)
+    empty.hop2.fill_(whole.blank)
+    found = measure(empty)
+    assert found["nearest_right"] == 1
+    assert found["own_code"] == found["snapped"] == found["as_is"] == 0
+    nothing = analyze.aim_and_store(whole, world, queries, [], code, known)
+    assert nothing.pop("n") == 0 and set(nothing.values()) == {None}
+
+
+def test_donors_obey_their_rules(table):
+    _, world, queries = table
+    tails, _ = facts_of(world)
+    rng = np.random.default_rng(0)
+    clean, donor, predicted = analyze.swap(queries, queries, rng)
+    assert len(clean.h) > 0
+    assert (clean.r2 == donor.r2).all() and (clean.b != donor.b).all()
+    assert (clean.t != donor.t).all() and (predicted == donor.t).all()
+    clean, donor, predicted = analyze.same_bridge(queries, queries, rng)
+    assert len(clean.h) > 0
+    assert (clean.b == donor.b).all() and (clean.r2 != donor.r2).all()
+    assert (clean.t != donor.t).all() and (predicted == donor.t).all()
+    assert ((clean.h != donor.h) | (clean.r1 != donor.r1)).all()
+    clean, donor, predicted = analyze.other_r2(world, queries, queries, rng)
+    assert len(clean.h) > 0
+    check_other_r2(tails, clean, donor, predicted)
+    clean, one, two, predicted = analyze.mixed_donors(world, queries, queries, rng)
+    assert len(clean.h) > 0
+    check_other_r2(tails, clean, one, predicted)
+    assert (one.b == two.b).all() and (one.h != two.h).all() and (one.r1 != two.r1).all()
+    few = queries.take([0]), queries.take([])
+    for columns in (analyze.swap(*few, rng), analyze.mixed_donors(world, *few, rng)):
+        assert {len(column.h) for column in columns[:-1]} == {0}
+
+
+def check_other_r2(tails, clean, donor, predicted):
+    assert (clean.r2 != donor.r2).all() and (clean.b != donor.b).all()
+    assert (predicted != donor.t).all() and (predicted != clean.t).all()
+    for b, r2, t in zip(donor.b.tolist(), clean.r2.tolist(), predicted.tolist()):
+        assert tails[b, r2] == t
+
+
+def test_what_was_not_measured_is_not_zero(table):
+    """No OOD query is answered rightly, so none is swapped, and the report and figures say so."""
+    model, world, queries = table
+    _, splits = small_data(Config(n_entities=24, n_relations=16, out_degree=12, phi=2.0))
+    wrong = queries._replace(t=(queries.t + 1) % world.n_entities)
+    paths = analyze.inference_path(model, world, {**splits, "test_id": queries, "test_ood": wrong},
+                                   n=100)
+    json.dumps(paths, allow_nan=False)
+    read = np.array(paths["test_id"]["present"]["state"]["map"])
+    assert (read[:, 1] == 1).all() and (read[:, 0] < 0.6).all()  # r1, h
+    assert paths["site"]["name"] == "mixed, loop 1, r1"
+    assert paths["test_id"]["used"]["other_r2"]["n"] > 50
+    for swaps in paths["test_ood"]["used"].values():
+        assert swaps == {"n": 0, "redirected": None, "changed": None, "unchanged": None}
+    assert paths["site"]["test_ood"]["donor"] is None
+    assert paths["aim"]["test_ood"]["own_code"] < 0.2  # its "answers" are no tails of its bridges
+    assert "not measured" not in " ".join(analyze.report(paths, "test_id"))
+    assert "(0 queries)" in " ".join(analyze.report(paths, "test_ood"))
+    for part in PARTS:
+        figure = analyze.plot_maps({"end": paths}, part, model.loop_names)
+        titles = [axes.get_title() for axes in figure.axes]
+        assert sum("not measured (0 queries)" in title for title in titles) == 3
+
+
+# ---------------------------------------------------------------- analyze: real models
+@pytest.fixture(scope="module", params=["default", "paper's conditions", "recursive"])
+def real(request):
+    """An untrained model in the smoke preset's world, tokens (N, T) of ID compositions, these."""
+    changes = {**KINDS[request.param], "n_loops": 4}
+    if request.param == "recursive":
+        changes["n_low"] = 1  # 8 loops
+    config = smoke_config(**changes)
+    world, splits = small_data(config)
+    model = build_model(config, world.n_entities, world.n_relations).requires_grad_(False)
+    queries = splits["test_id"]
+    return model, to_tokens(queries, world, config.layout)[0], queries
+
+
+def sites_of(model, tokens):
+    """Every site at a token."""
+    return itertools.product(range(model.n_loops), PARTS, range(tokens.shape[1]))
+
+
+def test_patching_and_lens_agree_with_the_output_bit_for_bit(real):
+    """The last answer state shows the output, and gives it to another query; a query's own value
+    changes nothing at any site."""
+    model, tokens, _ = real
+    tokens = tokens[:40]
+    donor = tokens.roll(1, 0)
+    values = analyze.values_of(model, tokens)
+    last = model.n_loops - 1
+    position = places(tokens, model.config.layout)[0]
+    top = analyze.logit_lens(model, tokens)["state"][last, :, position]
+    assert torch.equal(top, analyze.predict(model, tokens))
+    put = {(last, "state", position): analyze.values_of(model, donor)["state"][last, :, position]}
+    assert torch.equal(analyze.patch(model, tokens, put), model(donor))
+    logits = model(tokens)
+    for loop, part, position in sites_of(model, tokens):
+        own = {(loop, part, position): values[part][loop, :, position]}
+        assert torch.equal(analyze.patch(model, tokens, own), logits)
+
+
+def test_many_queries_equal_one_at_a_time(real, monkeypatch):
+    model, tokens, queries = real
+    tokens = tokens[:6]
+    predicted = torch.from_numpy(queries.t[:6])
+    theirs = analyze.values_of(model, tokens.flip(0))
+    answers = analyze.predict(model, tokens)
+    together = analyze.patch_map(model, tokens, theirs, predicted)
+    apart = []
+    for row in range(6):
+        one = {part: value[:, row:row + 1] for part, value in theirs.items()}
+        apart.append(analyze.patch_map(model, tokens[row:row + 1], one, predicted[row:row + 1]))
+    for outcome in ("redirected", "changed", "unchanged"):
+        for part in PARTS:
+            mean = np.mean([maps[outcome][part] for maps in apart], axis=0)
+            assert np.allclose(together[outcome][part], mean)
+    monkeypatch.setattr(analyze, "BATCH", 4)
+    assert torch.equal(analyze.predict(model, tokens), answers)
+    for part, value in analyze.values_of(model, tokens.flip(0)).items():
+        assert torch.allclose(value, theirs[part], atol=1e-5)
+
+
+def test_a_probe_is_ridge_regression(real, monkeypatch):
+    """NumPy's least squares on the values, with the ridge as extra rows, reads the same."""
+    model, tokens, queries = real
+    monkeypatch.setattr(analyze, "BATCH", 100)
+    targets = np.eye(12)[queries.b]
+    weights = analyze.fit_probe(model, tokens, torch.tensor(targets).float())
+    scores = analyze.apply_probe(model, tokens, weights)
+    values = analyze.values_of(model, tokens)
+    size = values["state"].shape[-1] + 1
+    for loop, part, position in ((0, "mixed", 1), (1, "state", 1), (2, "mixed", 2)):
+        x = np.append(values[part][loop, :, position].numpy(), np.ones((len(tokens), 1)), axis=1)
+        with_ridge = np.append(x, np.eye(size), axis=0)
+        wanted = np.append(targets, np.zeros((size, 12)), axis=0)
+        expected = np.linalg.lstsq(with_ridge, wanted, rcond=None)[0]
+        assert np.allclose(weights[part][loop, position].numpy(), expected, atol=2e-3)
+        assert np.allclose(scores[part][loop, :, position].numpy(), x @ expected, atol=2e-3)
+
+
+def test_a_code_is_the_mean_value_of_the_queries_with_this_bridge(real, monkeypatch):
+    model, tokens, queries = real
+    monkeypatch.setattr(analyze, "BATCH", 100)
+    bridges = queries.b.copy()
+    bridges[bridges == 3] = 4  # 3 is nobody's
+    code = analyze.codes(model, tokens, torch.from_numpy(bridges), 12)
+    values = analyze.values_of(model, tokens)
+    for part in PARTS:
+        for entity in range(12):
+            expected = torch.zeros_like(values[part][:, 0])
+            if entity != 3:
+                expected = values[part][:, bridges == entity].mean(1)
+            assert torch.allclose(code[part][:, entity], expected, atol=1e-5)
+
+
+def test_no_query_gives_no_number(real):
+    model, tokens, queries = real
+    world, _ = small_data(model.config)
+    nothing = queries.take([])
+    found = analyze.seen(model, world, nothing)
+    assert found["n"] == 0 and found["state"]["bridge"]["map"] is None
+    values = analyze.values_of(model, tokens[:0])
+    assert analyze.patch_map(model, tokens[:0], values, nothing.t) == {
+        "n": 0, "redirected": None, "changed": None, "unchanged": None}
+
+
+# ---------------------------------------------------------------- analyze: the command line
+def test_analyze_measures_and_draws_every_run_in_a_folder(here, capsys):
+    """Both weights of it; of a recursive model with slots, too."""
+    recursive = ("--preset smoke --model recursive --layout bidirectional --mixing tokens --tied "
+                 "false --copy true --n-loops 4 --n-low 1 --slots 1 --device cpu --steps 4")
+    assert grok.main([*recursive.split(), "--out", "two words"]) == 0
+    assert analyze.main(["."]) == 0
+    for name, stages, T in (("run", ["fit", "end"], 3), ("two words", ["end"], 5)):
+        text = Path(name, "paths.json").read_text(encoding="utf-8")
+        assert "NaN" not in text
+        paths = json.loads(text)
+        assert list(paths) == stages
+        for found in paths.values():
+            assert set(found) == {"test_id", "test_ood", "site", "aim"}
+            n_loops = 3 if name == "run" else 4
+            assert np.shape(found["test_id"]["present"]["state"]["map"]) == (n_loops, T)
+        for part in PARTS:
+            assert matplotlib.image.imread(f"{name}/{part}.png").std() > 0.05
+    out = capsys.readouterr().out
+    assert out.count("The lens sees") == 6 and "'two words'" in out
+
+
+def test_analyze_leaves_shipped_runs_as_they_are(here, monkeypatch):
+    shutil.move("run", "shipped/small/seed0")
+    monkeypatch.setattr(analyze, "SHIPPED", here / "shipped")
+    before = tree(here / "shipped")
+    assert analyze.main(["shipped/small"]) == 0
+    assert tree(here / "shipped") == before
+    looked_into = here / "looked_into/small/seed0"
+    assert {path.name for path in looked_into.iterdir()} == {"paths.json", "mixed.png", "state.png"}
+
+
+def must_not_run(*arguments):
+    raise AssertionError("computed before it was refused")
+
+
+def test_analyze_says_what_it_cannot_look_into_and_goes_on(here, capsys, monkeypatch):
+    """"little" has one OOD query; "few" two ID queries, too few to fit on one half of them."""
+    small = "--n-entities 8 --n-relations 4 --out-degree 3 --ood-fraction .13 --phi 1"
+    smoke = ["--preset", "smoke", "--device", "cpu", "--steps", "2"]
+    assert grok.main([*smoke, *small.split(), "--out", "little"]) == 0
+    assert grok.main([*smoke, "--phi", "4.67241379", "--out", "few"]) == 0
+    assert "NaN" not in Path("little/metrics.jsonl").read_text(encoding="utf-8")
+    shutil.copytree("run", "cut")
+    cut_metrics("cut", 3)
+    shutil.copytree("run", "bare")
+    Path("bare/fit.pt").unlink()
+    Path("bare/end.pt").unlink()
+    Path("empty").mkdir()
+    Path("file").write_text("", encoding="utf-8")
+    capsys.readouterr()
+    measure = analyze.inference_path
+    monkeypatch.setattr(analyze, "inference_path", must_not_run)
+    for options, said in ((["empty"], "empty: holds no run"), (["bare"], "bare: holds no weights"),
+                          (["cut"], "cut: is not finished"), (["little"], "little: has 1 OOD"),
+                          (["few"], "few: has 2 ID"), (["run", "-o", "file/x"], "cannot be writ"),
+                          (["run", "--seed"], "unrecognized"), ([], "runs")):
+        before = tree(here)
+        assert analyze.main(options) == 2
+        assert tree(here) == before
+        error = capsys.readouterr().err
+        assert error.startswith("analyze.py: ") and error.count("\n") == 1 and said in error, error
+    monkeypatch.setattr(analyze, "inference_path", measure)
+    assert analyze.main(["few", "run", "-o", "elsewhere"]) == 2
+    assert "few: has 2 ID" in capsys.readouterr().err
+    assert Path("elsewhere/run/paths.json").exists()
+    assert not Path("run/paths.json").exists()
+
+
+def test_ctrl_c_ends_analyze_in_one_line(here, capsys, monkeypatch):
+    def press(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(analyze, "inference_path", press)
+    assert analyze.main(["run"]) == 130
+    assert capsys.readouterr().err == "analyze.py: stopped\n"
+
+
+# ---------------------------------------------------------------- the three files
+@pytest.mark.parametrize("name, packages", [
+    ("data", {"numpy"}), ("grok", {"numpy", "torch", "matplotlib", "data"}),
+    ("analyze", {"numpy", "torch", "matplotlib", "data", "grok"})])
+def test_a_file_imports_what_stands_below_it_and_nothing_else(name, packages):
+    text = Path(grok.__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    imported = set(re.findall(r"^ *(?:import|from) (\w+)", text, re.MULTILINE))
+    assert imported <= packages | set(sys.stdlib_module_names)

@@ -1,646 +1,1043 @@
-"""Every picture of the README, drawn from the files of shipped runs.
+"""Every picture of README and results page, drawn from what runs have left in their folders.
 
-    python -m extras.pictures [--root runs/shipped] [-o figures]
-    python -m extras.pictures --frames RUN    train RUN anew, measuring for the moving picture
+    python -m experiments.pictures                      all of them, into figures
+    python -m experiments.pictures --only hero.png      one of them
+    python -m experiments.pictures --frames RUN         train RUN anew and measure it at every
+                                                        evaluation, for the moving picture
 
-A picture whose runs are not there is skipped, with a line that says so. All are 8 inches wide, with
-text of 8 points or more: the README shows them at about 800 pixels. A line is a mean over seeds, a
-band goes from the least to the most.
+A picture whose runs are missing is skipped; a run that is unfinished, or was not measured, is left
+out by name. The message over a picture is written from the numbers that are drawn. All are 8 inches
+wide, with text of 8 points or more: they are shown at about 800 pixels.
 """
-import argparse
 import io
+import json
 import sys
-from itertools import chain, product
+from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 from PIL import Image
 
-from analyze import (codes, draw_map, fit, logit_lens, map_at, means, other_r2, PARTS, patch_map,
-                     places, read, values_of)
-from data import BadInput
-from extras.tables import by_r2, FILMED, last, read_frames, read_groups, until, wilson
-from grok import (begin, build_data, Config, first_step, read_run, say, say_progress, to_tokens,
-                  write_file)
+HERE = Path(__file__).resolve().parent
+if not __package__:  # started as a script, `python experiments/pictures.py`, from any folder
+    sys.path.insert(0, str(HERE.parent))
+
+from analyze import (POSITIONS, check_writable, logit_lens, name_positions, other_r2, patch_map,
+                     short, values_of)
+from data import REGIMES, BadInput, read_bytes, reading
+from grok import (PARTS, Config, Parser, Trainer, first_step, make_data, name_loops, read_run,
+                  run_command, say, to_tokens, write_file)
 
 WIDTH = 8.0  # inches
-# told apart by the colour-blind, and in grey
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "0.45"
-NAMES = {"natural": "natural", "both_full": "both hops supervised",
-         "first_full": "first hop supervised", "second_full": "second hop supervised",
-         "both_half": "half of both supervised"}
-PAPER = {  # paper, one run, at its end: OOD answers right, bridge seen at any site
-    "natural": (0.683, 0.998), "both_full": (0.999, 0.999), "first_full": (0.220, 1.0),
-    "second_full": (0.968, 0.653), "both_half": (0.477, 0.078)}
+STYLE = {"font.size": 8.5, "axes.titlesize": 9.5, "axes.labelsize": 9, "figure.titlesize": 11,
+         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+         "axes.axisbelow": True, "grid.color": "0.92"}
+# told apart by the colour-blind; one colour means one thing in all pictures
+GREY = "0.45"       # training
+SKY = "#56B4E9"     # unseen ID questions; noise
+BLUE = "#0072B2"    # OOD questions; what is used
+ORANGE = "#D55E00"  # what the lens sees
+GREEN = "#009E73"   # the aim of hop 1; the input
+PURPLE = "#CC79A7"  # the store of hop 2
+BEA = "#F7C99B"
+DORA = "#9FCBE8"
+
+
+# ---------------------------------------------------------------- reading runs
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+    name: str      # of its folder below the root, "small/natural/seed0"
+    folder: Path
+    config: Config
+    history: list  # see grok.Trainer.measure
+    inside: dict   # see experiments/measure.py; {} if it was not looked into
+
+    def has(self, what):
+        """Whether it has this file, or this part of inside.json."""
+        return what in self.inside or (self.folder / what).exists()
+
+    def shares(self, split):
+        """What it answers of a split, at every evaluation."""
+        return [line["accuracy"][split] for line in self.history]
+
+
+class Absent(Exception):
+    """The runs of a picture are not there; its text says which."""
+
+
+class Runs:
+    """All finished runs below a folder."""
+
+    def __init__(self, root):
+        self.all = []
+        self.left_out = {}  # {name of a run: why}, since it was last emptied
+        for path in sorted(Path(root).rglob("config.json")):
+            folder = path.parent
+            try:
+                config, history = read_run(folder)
+                inside = read_json(folder / "inside.json")
+            except BadInput as error:
+                say(f"left out: {error}")
+                continue
+            name = folder.relative_to(root).as_posix()
+            self.all.append(Run(name, folder, config, history, inside))
+        if not self.all:
+            raise BadInput(f"{root}: holds no finished run")
+
+    def those_with(self, what, runs):
+        """Those of the runs that have this file or part of inside.json."""
+        for run in runs:
+            if not run.has(what):
+                self.left_out[run.name] = "was not measured"
+        return [run for run in runs if run.has(what)]
+
+    def group(self, group, what=None):
+        """The seeds of a group, "small/natural", that have this; [] if there are none."""
+        runs = []
+        for run in self.all:
+            if run.name.rpartition("/")[0] != group:
+                continue
+            if runs and not same_but_seed(run.config, runs[0].config):
+                self.left_out[run.name] = f"differs from {runs[0].name} in more than its seed"
+            else:
+                runs.append(run)
+        return self.those_with(what, runs) if what else runs
+
+    def needed(self, group, what=None):
+        """The same; raises Absent if there are none."""
+        runs = self.group(group, what)
+        if not runs:
+            raise Absent(f"no finished run of {group}" + (" that was measured" if what else ""))
+        return runs
+
+
+def same_but_seed(one, other):
+    """Whether two Configs are of one group; the device does not count."""
+    return replace(one, seed=0, device="cpu") == replace(other, seed=0, device="cpu")
+
+
+def read_json(path):
+    """What a JSON file holds; {} if it is not there."""
+    if not path.exists():
+        return {}
+    with reading(path):
+        return json.loads(read_bytes(path))
 
 
 # ---------------------------------------------------------------- what the pictures share
-def regimes_of(groups, preset, has="history"):
-    """{regime: those of its runs that have a history, paths or cells}, in the order of NAMES."""
-    found = {}
-    for regime in NAMES:
-        runs = [run for run in groups.get(f"{preset}/{regime}", []) if getattr(run, has)]
-        if runs:
-            found[regime] = runs
-    return found
+def mean(values):
+    """The mean of those that were measured; nan if none was."""
+    measured = [value for value in values if value is not None]
+    return float(np.mean(measured)) if measured else np.nan
 
 
-def curve(run, split, lens=None):
-    """{step: accuracy of a split, or its lens rate of that name; nan where not measured}."""
-    found = {}
-    for line in run.history:
-        share = line["lens"].get(split, {}).get(lens) if lens else line["accuracy"].get(split)
-        found[line["step"]] = np.nan if share is None else share
-    return found
+def span(numbers, write=short):
+    """".05" or ".05 to .14": the least and the most."""
+    low = write(min(numbers))
+    high = write(max(numbers))
+    return low if low == high else f"{low} to {high}"
 
 
-def draw_curve(axes, runs, split, lens=None, **style):
-    """Mean and band over seeds, at the steps that every seed has; returns the last mean."""
-    curves = [curve(run, split, lens) for run in runs]
-    steps = sorted(set.intersection(*(set(found) for found in curves)))
-    if not steps:
-        return np.nan
-    return draw_band(axes, steps, [list(map(found.get, steps)) for found in curves], **style)
+def whole(number):
+    return f"{number:,}"
 
 
-def draw_band(axes, steps, shares, **style):
-    """Mean and band of shares (seeds, steps); returns the last mean."""
-    shares = np.array(shares)
-    axes.plot(steps, shares.mean(0), **style)
-    if len(shares) > 1:
-        axes.fill_between(steps, shares.min(0), shares.max(0), color=style["color"], alpha=0.2,
-                          linewidth=0)
-    return shares[:, -1].mean()
-
-
-def stage_lines(axes, runs):
-    """Training, bridge seen with its chance, OOD answer; {label: last mean} for `label_ends`."""
-    draw_curve(axes, runs, "test_ood", "any_chance", color="0.2", lw=1, ls=":")
-    return {"training\ncompositions": (GREY, draw_curve(axes, runs, "train_inferred", color=GREY,
-                                                        lw=1.6, ls="--")),
-            "bridge seen,\nOOD (lens)": (ORANGE, draw_curve(axes, runs, "test_ood", "any",
-                                                            color=ORANGE, lw=1.6)),
-            "OOD answer": (BLUE, draw_curve(axes, runs, "test_ood", color=BLUE, lw=2.6))}
-
-
-def label_ends(axes, ends, apart=0.13):
-    """Write {label: (color, height)} to the right of the lines, moved until none overlap."""
-    low = -np.inf
-    ordered = sorted((height, label, color) for label, (color, height) in ends.items()
-                     if np.isfinite(height))
-    top = 1.02 - apart * (len(ordered) - 1)
-    for i, (height, label, color) in enumerate(ordered):
-        low = max(low + apart, min(height, top + apart * i))
-        axes.text(1.015, low, label, transform=axes.get_yaxis_transform(), fontsize=8.5,
-                  va="center", color=color)
-
-
-def shares_up(axes, steps, log=True):
-    """Shares upwards from 0 to 1; training steps to the right, as plain numbers."""
-    axes.set_ylim(-0.03, 1.05)
-    axes.set_yticks([0, 0.5, 1], ["0", ".5", "1"])
-    axes.set_xlabel("training step", fontsize=8.5)
-    plain(axes)
-    first, end = min(steps), max(steps)
-    if log and first < end:
-        axes.set_xscale("log")
-        ticks = np.outer(10 ** np.arange(9), (1, 2, 5)).ravel()
-        ticks = ticks[(first <= ticks) & (ticks <= end)]
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.minorticks_off()
-        axes.set_xlim(first, end)
-
-
-def shares_right(axes, n_rows):
-    """Shares to the right from 0 to 1; rows downwards."""
-    axes.set_xlim(-0.06, 1.06)
-    axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
-    axes.set_ylim(n_rows - 0.5, -0.5)
-    axes.grid(axis="x", color="0.85")
-    for row in range(1, n_rows):
-        axes.axhline(row - 0.5, color="0.9", lw=0.8)
-    plain(axes)
-
-
-def plain(axes):
-    axes.tick_params(labelsize=8.5)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def name_of(run):
-    regime = run.about["regime"]
-    return f"{run.about['preset']}, {NAMES.get(regime, regime)}, seed {run.about['model']['seed']}"
+def tick(share):
+    """"0", ".25", "1"."""
+    return f"{share:g}".removeprefix("0") or "0"
 
 
 def steps_of(runs):
-    steps = []
-    for run in runs:
-        steps += [line["step"] for line in run.history]
-    return steps
+    """The steps of the evaluations, which are those of all seeds of a group."""
+    return [line["step"] for line in runs[0].history]
 
 
-def seeds_of(groups):
-    """"3 seeds" or "1 to 3 seeds" of {name: runs}."""
-    counts = [len(runs) for runs in groups.values()]
-    low, high = min(counts), max(counts)
-    return f"{low} to {high} seeds" if low < high else f"{high} seed{'s' * (high > 1)}"
+def name_of(group, runs):
+    """"small, natural, 3 seeds"."""
+    n_seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
+    return f"{group.replace('/', ', ').replace('_', ' ')}, {n_seeds}"
 
 
-# ---------------------------------------------------------------- one query in words
-def trace(model, world, query):
-    """Lines that follow one query (Queries of one row): the top-1 token at every site."""
-    names = [*world.entity_names, *world.relation_names, "_"]
-    tokens, _ = to_tokens(query, world, model.config.layout)
-    h, r1, r2 = (names[token] for token in tokens[0, :3])
-    b, t, top = names[query.b[0]], names[query.t[0]], logit_lens(model, tokens)[:, :, 0]
-    lines = [f"({h}, {r1}) is the bridge {b}, ({b}, {r2}) is {t}: top-1 token at each site",
-             f"{'loop':<6}{'part':<8}" + "".join(f"{p:<10}" for p in places(top.shape[2]))]
-    for loop, part in np.ndindex(*top.shape[:2]):
-        shown = "".join(f"{names[token]:<10}" for token in top[loop, part])
-        lines.append(f"{loop + 1:<6}{PARTS[part]:<8}{shown}")
-    return lines
+def set_message(figure, text):
+    """The message of a figure over it, in lines of about the same length."""
+    width = 90
+    while len(wrap(text, width - 1)) == len(wrap(text, 90)):
+        width -= 1
+    figure.suptitle("\n".join(wrap(text, width)))
 
 
-# ---------------------------------------------------------------- the task
-def box(axes, x, y, text, color="white", width=1.5, height=0.75, **style):
+def show_shares(axes, along="y"):
+    """A share, from 0 to 1, along this axis."""
+    ticks = [0, 0.25, 0.5, 0.75, 1]
+    axes.set(**{f"{along}lim": (-0.03, 1.03), f"{along}ticks": ticks,
+                f"{along}ticklabels": [tick(share) for share in ticks]})
+    axes.grid(axis=along)
+
+
+def new_curves(ylabel, xlabel):
+    """(figure, axes) for shares along steps."""
+    figure = Figure((WIDTH, 3.8), layout="constrained")
+    axes = figure.subplots()
+    show_shares(axes)
+    axes.set_ylabel(ylabel)
+    axes.set_xlabel(xlabel)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    return figure, axes
+
+
+def draw_curves(axes, steps, curves):
+    """A thin line a seed, and their mean with its name; {name: (color, (seeds, steps))}."""
+    ends = {}
+    for name, (color, seeds) in curves.items():
+        for shares in seeds:
+            axes.plot(steps, shares, color=color, linewidth=0.8, alpha=0.55)
+        middle = np.mean(seeds, axis=0)
+        axes.plot(steps, middle, color=color, linewidth=2.2)
+        ends[name] = (color, middle[-1])
+    axes.set_xlim(0, steps[-1])
+    label_ends(axes, steps[-1], ends)
+
+
+def label_ends(axes, x, ends):
+    """Names beside the ends of lines, {name: (color, height)}, pushed down until none overlap."""
+    next_height = 1.1
+    for name, (color, height) in sorted(ends.items(), key=height_of, reverse=True):
+        height = min(height, next_height)
+        axes.annotate(name, (x, height), (7, 0), textcoords="offset points", va="center",
+                      color=color, annotation_clip=False)
+        next_height = height - (0.14 if "\n" in name else 0.08)
+
+
+def height_of(item):
+    _, (_, height) = item
+    return height
+
+
+# ---------------------------------------------------------------- the task, and one swap
+SITE = (2, "mixed", 2)     # counted from 0: what is mixed in loop 3 at r2, just before the MLP
+COLUMNS = (11, 21, 31, 41)          # x of the four tokens
+LOOPS = (10.5, 22.3, 34.1, 45.9)    # y of the lower edges of the four loops
+BAR, MIXED, PLUS, MLP, STATE, TOP = 1.6, 4.0, 6.0, 8.0, 9.8, 10.8  # heights within a loop
+
+
+def box(axes, x, y, text, color="white", width=7.0, height=3.2, size=9):
     """A box with text around the point (x, y)."""
     axes.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, facecolor=color,
-                                  boxstyle="round,pad=0,rounding_size=0.12", edgecolor="0.3",
-                                  **style))
-    axes.text(x, y, text, ha="center", va="center", fontsize=9)
+                                  boxstyle="round,pad=0,rounding_size=0.6", edgecolor="0.3",
+                                  zorder=3))
+    axes.text(x, y, text, ha="center", va="center", fontsize=size, zorder=4)
 
 
-def arrow(axes, start, end, text="", bend=0.0, color="0.3", above=0.28):
-    """An arrow between two points, with text at its middle."""
-    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=color,
-                                   connectionstyle=f"arc3,rad={bend}", linewidth=1.3,
-                                   shrinkA=0, shrinkB=0))
-    axes.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + above, text, ha="center",
-              va="center", fontsize=9)
+def arrow(axes, start, end, color="0.3", bend=0.0, linewidth=1.2, zorder=2):
+    """An arrow between two points."""
+    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color=color,
+                                   connectionstyle=f"arc3,rad={bend}", shrinkA=0, shrinkB=0,
+                                   linewidth=linewidth, zorder=zorder))
 
 
-def two_facts(axes, words, symbols, shade):
-    """The facts (h, r1, b) and (b, r2, t) as a path; words for h, r1, b, r2, t."""
-    h, r1, b, r2, t = words
-    colors = "white", shade, "white"
-    for x, word, symbol, color in zip((1.1, 4.1, 7.1), (h, b, t), symbols, colors):
-        box(axes, x, 7.5, word, color)
-        axes.text(x, 6.87, symbol, ha="center", va="center", fontsize=8.5, color="0.3")
-    arrow(axes, (1.9, 7.5), (3.3, 7.5), r1)
-    arrow(axes, (4.9, 7.5), (6.3, 7.5), r2)
+def dot(axes, x, y):
+    """The place of a value that the hook can read or replace."""
+    axes.add_patch(Circle((x, y), 0.55, facecolor="white", edgecolor="0.3", zorder=3))
 
 
-def looped_block(axes, words, n_loops):
-    """The block over the tokens of a query, and the way back through it."""
-    for x, word, symbol in zip((1.1, 2.8, 4.5, 6.2), words, ("h", "r1", "r2", "answer")):
-        box(axes, x, 1.15, word)
-        axes.text(x, 0.5, symbol, ha="center", va="center", fontsize=8.5, color="0.3")
-        arrow(axes, (x, 1.55), (x, 2.08))
-        box(axes, x, 4.15, "", width=0.7, height=0.42)
-        arrow(axes, (x, 3.32), (x, 3.92))
-    box(axes, 3.65, 2.7, "one block: mix the tokens, then MLP", "0.9", width=6.6, height=1.2)
-    axes.text(0.2, 4.15, "state", ha="right", va="center", fontsize=8.5, rotation=90)
-    arrow(axes, (6.65, 4.15), (7.02, 2.55), bend=-0.75)
-    axes.text(7.75, 3.3, f"× {n_loops}", va="center", fontsize=11, weight="bold")
-
-
-def task(n_loops):
-    """The page a teacher draws on the board: two facts, a question, and one swap."""
-    figure = Figure((WIDTH, 4.35))
-    left, right = (figure.add_axes([x, 0.0, 0.48, 0.92], xlim=(-0.3, 8.6), ylim=(0.2, 8.2))
-                   for x in (0.01, 0.51))
-    for axes in (left, right):
-        axes.set_axis_off()
-        looped_block(axes, ("Ada", "mother", "city", "_"), n_loops)
-    left.set_title("The question: in which city is Ada's mother?", fontsize=10.5)
-    two_facts(left, ("Ada", "mother", "Bea", "city", "Bern"),
-              ("h", "bridge b: never named", "answer t"), ORANGE)
-    arrow(left, (6.2, 4.38), (6.2, 5.05))
-    box(left, 6.2, 5.45, "Bern")
-    right.set_title("One swap: does the model use the bridge?", fontsize=10.5)
-    two_facts(right, ("Carl", "boss", "Dora", "team", "Reds"),
-              ("donor's h", "donor's bridge", "donor's answer"), BLUE + "66")
-    box(right, 4.5, 4.15, "", BLUE + "66", width=0.7, height=0.42)
-    arrow(right, (4.1, 6.62), (4.5, 4.42), bend=-0.1, color=BLUE)
-    right.text(3.9, 5.7, "a value from Carl's\nquery is put in here", ha="right", va="center",
-               fontsize=8.5, color=BLUE)
-    arrow(right, (6.2, 4.38), (6.2, 5.05))
-    box(right, 6.2, 5.45, "Oslo", BLUE + "66")
-    right.text(7.15, 5.45, "Dora's city:\nredirected", va="center", fontsize=8.5)
+def task(runs):
+    """The question as two facts; the looped model unrolled; and the swap that redirects it."""
+    figure = Figure((WIDTH, 7.3))
+    axes = figure.add_axes([0, 0, 1, 0.95], xlim=(0, 80), ylim=(1.5, 73))
+    axes.set_axis_off()
+    draw_facts(axes, 5.5, "The question: in which city does Ada's mother live?",
+               ("Ada", "Bea", "Bern"), ("mother", "city"), ("hop 1", "hop 2"), BEA)
+    draw_facts(axes, 46.5, "The donor: in which street does Carl's boss live?",
+               ("Carl", "Dora", "Oslo"), ("boss", "city"), ("hop 1", "not asked"), DORA)
+    draw_input(axes)
+    for loop in range(len(LOOPS)):
+        draw_loop(axes, loop)
+    x = COLUMNS[-1]
+    box(axes, x, 60.5, "Bern")
+    box(axes, 63.5, 60.5, "Oslo", DORA)
+    arrow(axes, (x + 3.5, 60.5), (60, 60.5), BLUE, linewidth=2)
+    axes.text(67.8, 60.5, "after the swap:\nthe city of Dora", va="center", color=BLUE)
+    draw_hops(axes)
+    set_message(figure, "Put Dora in Bea's place, inside the block, and the answer becomes the "
+                "city of Dora")
     return figure
 
 
-# ---------------------------------------------------------------- training curves
-def hero(run):
-    """One run: training, bridge, OOD answer, and how long the last comes after the first."""
+def draw_facts(axes, left, question, entities, relations, notes, color):
+    """A question over its two facts, (h, r1, b) and (b, r2, t)."""
+    axes.text(left - 3.5, 71.5, question, fontsize=9.5, va="center")
+    for i, (word, shade) in enumerate(zip(entities, ("white", color, "white"))):
+        box(axes, left + 14 * i, 67.2, word, shade)
+    for i, (word, note) in enumerate(zip(relations, notes)):
+        x = left + 14 * i + 3.5
+        arrow(axes, (x, 67.2), (x + 7, 67.2))
+        axes.text(x + 3.5, 67.9, word, ha="center", va="bottom")
+        axes.text(x + 3.5, 66.3, note, ha="center", va="top", color="0.4")
+
+
+def draw_input(axes):
+    """The four tokens, and the way of the input into every loop."""
+    for x, word, name in zip(COLUMNS, ("Ada", "mother", "city", "_"), POSITIONS):
+        box(axes, x, 6, word)
+        axes.text(x, 3.2, name, ha="center", va="center", color="0.4")
+        arrow(axes, (x, 7.6), (x, LOOPS[0] + BAR - 1))
+    top = LOOPS[-1] + PLUS
+    axes.plot([COLUMNS[0] - 3.5, 3, 3, 5], [6, 6, top, top], color=GREEN, linewidth=1.2)
+    axes.text(1.5, 33, "the input enters every loop", rotation=90, color=GREEN, ha="center",
+              va="center")
+
+
+def draw_loop(axes, loop):
+    """One loop: mix the tokens, add the input, MLP."""
+    y = LOOPS[loop]
+    axes.add_patch(Rectangle((5, y), 40.5, TOP, facecolor="0.94", edgecolor="0.7"))
+    axes.text(6.6, y + 8.4, f"loop {loop + 1}", rotation=90, ha="center", va="center",
+              color="0.35")
+    axes.plot([3, COLUMNS[-1]], [y + PLUS] * 2, color=GREEN, linewidth=1.2, zorder=1)
+    for position, x in enumerate(COLUMNS):
+        arrow(axes, (x, y + BAR), (x, y + MLP - 1))
+        is_last = loop + 1 == len(LOOPS)
+        if not is_last or position + 1 == len(COLUMNS):
+            arrow(axes, (x, y + MLP + 1), (x, 58.9 if is_last else LOOPS[loop + 1] + BAR - 1))
+        axes.text(x, y + PLUS, "+", ha="center", va="center", color=GREEN, zorder=4,
+                  bbox=dict(boxstyle="circle,pad=0.05", facecolor="white", edgecolor=GREEN))
+        box(axes, x, y + MLP, "MLP", width=5.4, height=2.0, size=8)
+        dot(axes, x, y + STATE)
+        dot(axes, x, y + MIXED)
+    box(axes, 26, y + BAR, "mix the tokens", "0.84", width=36, height=1.9, size=8)
+    if loop == 0:
+        axes.text(12.3, y + MIXED, "mixed", fontsize=8, va="center")
+        axes.text(12.3, y + STATE, "state", fontsize=8, va="center")
+
+
+def draw_hops(axes):
+    """Where one hop ends and the other begins, and the arrow of the swap."""
+    loop, _, position = SITE
+    x = COLUMNS[position]
+    y = LOOPS[loop] + MIXED
+    box(axes, x, y, "Bea", BEA, width=5.4, height=2.2)
+    for low, high in ((LOOPS[0], y - 1.2), (y + 1.2, LOOPS[-1] + TOP)):
+        axes.plot([46.7, 47.7, 47.7, 46.7], [low, low, high, high], color="0.4", linewidth=1.2)
+    axes.text(49.3, 8.5, "One block, applied four times:\nall loops have the same weights.",
+              va="center")
+    axes.text(49.3, 23.5, "Hop 1: Ada and mother become Bea.\nIt ends in what is mixed at r2 in "
+              "loop 3:\nthere, just before the MLP, is Bea.", va="center")
+    axes.text(49.3, 48.5, "Hop 2: Bea and city become Bern.\nIt begins in the MLP just after. Put "
+              "into\nthe state after it, Carl's value redirects\nnothing: with it comes his r2, "
+              "street.", va="center")
+    box(axes, 58.5, y, "Dora", DORA)
+    arrow(axes, (55, y), (x + 2.8, y), BLUE, bend=0.1, linewidth=2.2, zorder=5)
+    axes.text(62.7, y, "what is mixed at this\nsite in Carl's run", va="center", color=BLUE)
+
+
+# ---------------------------------------------------------------- it groks
+def hero(runs):
+    """Training, unseen ID and unseen OOD questions of `tiny`."""
+    group = runs.needed("tiny/natural")
+    curves = {}
+    for split, name, color in (("train_inferred", "training", GREY),
+                               ("test_id", "unseen, of\nID facts", SKY),
+                               ("test_ood", "unseen, of\nOOD facts", BLUE)):
+        curves[name] = (color, [run.shares(split) for run in group])
+    figure, axes = new_curves("share of two-hop questions answered",
+                              f"training step ({name_of('tiny/natural', group)})")
+    draw_curves(axes, steps_of(group), curves)
+    fits = [first_step(run.history, 0.99, "train_inferred") for run in group]
+    answers = [first_step(run.history, 0.9, "test_ood") for run in group]
+    if None not in fits + answers:
+        shade_wait(axes, np.mean(fits), np.mean(answers))
+    set_message(figure, say_when(fits, answers))
+    return figure
+
+
+def shade_wait(axes, fit, answered):
+    """The time between the fit and nine OOD answers in ten."""
+    axes.axvspan(fit, answered, color="0.95", linewidth=0, zorder=0)
+    axes.annotate("", (answered, 0.06), (fit, 0.06), arrowprops=dict(arrowstyle="<->"))
+    axes.text((fit + answered) / 2, 0.08, "from .99 of the training\nto .9 of the OOD questions",
+              ha="center", va="bottom")
+
+
+def say_when(fits, answers):
+    """The message of `hero`, from the steps of the fit and of nine OOD answers in ten."""
+    if None in fits:
+        return f"{fits.count(None)} of {len(fits)} seeds do not fit their training"
+    known = f"It knows every training answer at step {span(fits, whole)}"
+    waits = [step - fit for fit, step in zip(fits, answers) if step is not None]
+    if not waits:
+        return f"{known}; pairs it never saw have not come when training ends"
+    where = "" if len(waits) == len(fits) else f", in {len(waits)} of {len(fits)} seeds"
+    return f"{known}; pairs it never saw come {span(waits, whole)} steps later{where}"
+
+
+# ---------------------------------------------------------------- store and aim
+LEVELS = ("as_is", "snapped", "own_code")  # of analyze.aim_and_store
+STEPS_OF_A_BAR = {"answered as it is": BLUE,
+                  "+ the nearest code put in: without the noise": SKY,
+                  "+ the right code put in: hop 1 missed it": GREEN,
+                  "not even then: hop 2 is not stored": "0.88"}
+
+
+def store_aim(runs):
+    """What stands between an OOD question and its right answer, at the fit and at the end."""
+    groups = {"small/natural": runs.needed("small/natural", "end")}
+    for other in ("small/second_full", "trm/natural"):
+        groups[other] = runs.group(other, "end")
+    shown = ["small/natural", "trm/natural" if groups["trm/natural"] else "small/second_full"]
+    shown = [group for group in shown if groups[group]]
+    figure = Figure((WIDTH, 4.4), layout="constrained")
+    told = []
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, group in zip(panels, shown):
+        aims = {}
+        for stage in ("fit", "end"):
+            aims[stage] = [run.inside[stage]["aim"]["test_ood"] for run in groups[group]
+                           if stage in run.inside]
+        draw_aims(axes, aims)
+        axes.set_title(name_of(group, groups[group]))
+        told.append(say_gains(group, aims))
+    panels[0].set_ylabel("share of OOD questions answered")
+    handles = [Patch(facecolor=color, label=name) for name, color in STEPS_OF_A_BAR.items()]
+    handles.append(Line2D([], [], color="black", label="one seed"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    set_message(figure, "; ".join(told))
+    return figure
+
+
+def draw_aims(axes, aims):
+    """A stacked bar a stage, {stage: [aim_and_store of a seed]}, and each seed's levels."""
+    names = []
+    for x, (stage, seeds) in enumerate(aims.items()):
+        levels = [mean(aim[level] for aim in seeds) for level in LEVELS] + [1.0]
+        bottom = 0.0
+        for level, color in zip(levels, STEPS_OF_A_BAR.values()):
+            top = max(bottom, level)  # a step that mends nothing, or less than nothing, has no part
+            axes.bar(x, top - bottom, 0.66, bottom, color=color)
+            if top - bottom >= 0.05:
+                axes.text(x + 0.21, (top + bottom) / 2, short(top - bottom), ha="center",
+                          va="center", color="white" if color == BLUE else "black")
+            bottom = top
+        for seed, aim in enumerate(seeds):
+            left = x - 0.31 + 0.13 * seed
+            for level in LEVELS:
+                axes.plot([left, left + 0.1], [aim[level]] * 2, color="black", linewidth=1.5)
+        right = mean(aim["nearest_right"] for aim in seeds)
+        names.append(f"at the {stage}\n(nearest code right: {short(right)})")
+    show_shares(axes)
+    axes.set_xticks(range(len(names)), names)
+
+
+def say_gains(group, aims):
+    """What happens between the fit and the end, in words."""
+    told = []
+    for key, verb in (("own_code", "stores hop 2"), ("nearest_right", "aims hop 1")):
+        before, after = (mean(aim[key] for aim in aims[stage]) for stage in ("fit", "end"))
+        if after - before >= 0.1:
+            told.append(f"{verb} ({short(before)} to {short(after)})")
+    done = " and ".join(told) or "neither stores hop 2 nor aims hop 1"
+    return f"{group.replace('/', ', ').replace('_', ' ')}: training on after the fit {done}"
+
+
+def film(runs):
+    """Store, aim and answer along training."""
+    group = runs.needed("small/natural", "film.json")
+    films = [read_json(run.folder / "film.json") for run in group]
+    steps = [frame["step"] for frame in films[0]]
+    figure, axes = new_curves("share of OOD questions",
+                              f"training step ({name_of('small/natural', group)})")
+    curves = {}
+    for key, name, color in (("own_code", "store: the right\ncode is answered", PURPLE),
+                             ("nearest_right", "aim: the nearest\ncode is right", GREEN),
+                             ("as_is", "answered as it is", BLUE)):
+        curves[name] = (color, [[frame["test_ood"][key] for frame in frames] for frames in films])
+    draw_curves(axes, steps, curves)
+    fits = [first_step(run.history, 0.99, "train_inferred") or steps[0] for run in group]
+    axes.axvspan(min(fits) - 8, max(fits) + 8, color="0.85", linewidth=0, zorder=0)
+    axes.text(max(fits), 1.0, "  the fit of the training", va="center")
+    at_fit = int(np.searchsorted(steps, max(fits)))
+    store, aim, answer = (np.mean(seeds, axis=0)[at_fit:] for _, seeds in curves.values())
+    below = (answer <= np.minimum(store, aim) + 0.02).all()
+    set_message(figure, f"After the fit hop 2 gets stored ({rise(store)}) and hop 1 aimed "
+                f"({rise(aim)}); the answers {'stay below both' if below else 'go'} "
+                f"({rise(answer)})")
+    return figure
+
+
+def rise(curve):
+    return f"{short(curve[0])} to {short(curve[-1])}"
+
+
+# ---------------------------------------------------------------- used where it is not seen
+KINDS = {"small": BLUE, "tiny": SKY, "trm": ORANGE, "dials of small": PURPLE,
+         "map of supervision": GREEN}
+
+
+def kind_of(run):
+    """The one of KINDS that a run belongs to."""
+    folder = run.name.split("/")[0]
+    if folder in ("dial", "map"):
+        return {"dial": "dials of small", "map": "map of supervision"}[folder]
+    if run.config.model == "recursive":
+        return "trm"
+    return "tiny" if run.config.preset == "tiny" else "small"
+
+
+def seen_and_used(run):
+    """{"seen", "seen_chance", "used", "used_chance"} of the OOD questions at the end; None if one
+    of them was not measured."""
+    found = run.inside["end"]
+    lens = found["test_ood"]["seen"]["paper"]
+    swaps = found["site"]["test_ood"]
+    shares = {"seen": lens["any"], "seen_chance": lens["any_chance"], "used": swaps["donor"],
+              "used_chance": swaps["noise"]}
+    return None if None in shares.values() else shares
+
+
+def seen_used(runs):
+    """One point a run that answers half or more of its OOD questions."""
+    able = [run for run in runs.all if run.history[-1]["accuracy"].get("test_ood", 0) >= 0.5]
+    points = {}
+    for run in runs.those_with("end", able):
+        shares = seen_and_used(run)
+        if shares is None:
+            runs.left_out[run.name] = "has no lens or no swaps (0 queries)"
+        else:
+            points[run.name] = {"kind": kind_of(run), **shares}
+    if not points:
+        raise Absent("no measured run that answers half of its OOD questions")
+    figure = Figure((WIDTH, 5.0), layout="constrained")
+    axes = figure.subplots()
+    draw_points(axes, points)
+    for used, name in sorted((point["used"], name) for name, point in points.items())[:4]:
+        seen = points[name]["seen"]
+        if used < 0.8:  # the exceptions have names
+            axes.text(seen, used - 0.02, name, fontsize=8, va="top",
+                      ha="left" if seen < 0.5 else "right")
+    show_shares(axes, "x")
+    show_shares(axes)
+    axes.set_xlabel("seen: share of OOD bridges that the paper's lens shows, at any place")
+    axes.set_ylabel("used: share of right OOD answers that a swap redirects")
+    n_used = sum(point["used"] >= 0.8 for point in points.values())
+    n_unseen = sum(point["seen"] < 0.5 for point in points.values())
+    set_message(figure, f"Of {len(points)} runs that answer half of the OOD questions, a swap "
+                f"redirects .8 or more of the answers in {n_used}; the lens sees less than half of "
+                f"the bridges in {n_unseen}")
+    return figure
+
+
+def draw_points(axes, points):
+    """The points by kind, and what chance gives as bands."""
+    chance = [point["seen_chance"] for point in points.values()]
+    axes.axvspan(min(chance), max(chance), color="0.9", linewidth=0, zorder=0)
+    axes.text(max(chance) + 0.01, 0.5, "seen by chance", rotation=90, va="center")
+    chance = [point["used_chance"] for point in points.values()]
+    axes.axhspan(min(chance), max(chance), color="0.9", linewidth=0, zorder=0)
+    axes.text(0.99, max(chance) + 0.01, "redirected by noise", ha="right", va="bottom")
+    for kind, color in KINDS.items():
+        chosen = [point for point in points.values() if point["kind"] == kind]
+        if chosen:
+            axes.plot([point["seen"] for point in chosen], [point["used"] for point in chosen],
+                      "o", markersize=7.5, alpha=0.75, color=color, markeredgecolor="white",
+                      clip_on=False, zorder=3, label=f"{kind} ({len(chosen)})")
+    axes.legend(loc="center right", title="one point a run")
+
+
+def seen_used_bars(runs):
+    """Two bars a regime of `small`: what the lens sees, what a swap shows is used."""
+    shares = {}
+    for regime in REGIMES:
+        seeds = [seen_and_used(run) for run in runs.group(f"small/{regime}", "end")]
+        seeds = [seed for seed in seeds if seed is not None]
+        if seeds:
+            shares[regime] = seeds
+    if not shares:
+        raise Absent("no measured run of small")
     figure = Figure((WIDTH, 3.7), layout="constrained")
     axes = figure.subplots()
-    ends = stage_lines(axes, [run])
-    shares_up(axes, steps_of([run]))
-    label_ends(axes, ends)
-    axes.set_ylabel("share of queries", fontsize=8.5)
-    fitted = first_step(run.history, 0.99, "train_inferred")
-    answered = first_step(run.history, 0.9, "test_ood")
-    said = "training never fitted" if fitted is None else f"training fitted at step {fitted:,}"
-    said += (", nine in ten OOD answers right never" if answered is None
-             else f", nine in ten OOD answers right at {answered:,}")
-    axes.set_title(name_of(run) + ": " + said, fontsize=10)
-    if fitted is not None and answered is not None and fitted < answered:
-        axes.axvspan(fitted, answered, color="0.92", zorder=0, linewidth=0)
-        axes.text((fitted * answered) ** 0.5, 0.02, f"{answered - fitted:,} steps\nin between",
-                  fontsize=8.5, ha="center")
-    chance = last(run, "test_ood", "any_chance")
-    if chance is not None:
-        axes.text(0.99, chance + 0.02, "bridge seen by chance", fontsize=8, ha="right",
-                  transform=axes.get_yaxis_transform())
+    spans = {}
+    for key, shift, color in (("seen", -0.2, ORANGE), ("used", 0.2, BLUE)):
+        spans[key] = span([mean(seed[key] for seed in seeds) for seeds in shares.values()])
+        for x, seeds in enumerate(shares.values()):
+            draw_bar(axes, x + shift, [seed[key] for seed in seeds], color,
+                     mean(seed[f"{key}_chance"] for seed in seeds))
+    show_shares(axes)
+    names = [name_of(regime, seeds).replace(", ", "\n") for regime, seeds in shares.items()]
+    axes.set_xticks(range(len(shares)), names)
+    axes.set_ylabel("share of OOD questions")
+    handles = [Patch(color=ORANGE, label="seen: the lens shows the bridge"),
+               Patch(color=BLUE, label="used: a swap redirects right answers"),
+               Line2D([], [], color="black", linewidth=2, label="chance"),
+               Line2D([], [], color="0.25", marker="o", linestyle="", label="one seed")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    set_message(figure, f"Regime by regime of small, a swap redirects {spans['used']} of the right "
+                f"OOD answers; the lens sees {spans['seen']} of the bridges")
     return figure
 
 
-def probed(runs):
-    """Filmed runs: the stages, and the bridge of OOD queries as a probe reads it, best site."""
-    figure = Figure((WIDTH, 3.3), layout="constrained")
-    axes = figure.subplots()
-    ends = stage_lines(axes, runs)
-    filmed = [read_frames(run.folder / "frames.npz") for run in runs]
-    S = min(len(frames["step"]) for frames in filmed)
-    present = [frames["probe"][:S].max((1, 2, 3)) for frames in filmed]      # (seeds, S)
-    ends["bridge present,\nOOD (probe)"] = GREEN, draw_band(
-        axes, filmed[0]["step"][:S], present, color=GREEN, lw=1.6, ls="-.")
-    shares_up(axes, steps_of(runs))
-    label_ends(axes, ends)
-    axes.set_ylabel("share of queries", fontsize=8.5)
-    axes.set_title("{preset}, {regime}: ".format(**runs[0].about) + "mean and range of "
-                   f"{seeds_of({'': runs})}; dots: seen by chance", fontsize=10)
+def draw_bar(axes, x, shares, color, chance):
+    """A bar for the mean of seeds, a dot for each, a tick for chance."""
+    axes.bar(x, mean(shares), 0.36, color=color, alpha=0.85)
+    axes.plot(x + 0.08 * (np.arange(len(shares)) - (len(shares) - 1) / 2), shares, "o",
+              color="0.25", markersize=4, clip_on=False)
+    axes.plot([x - 0.18, x + 0.18], [chance] * 2, color="black", linewidth=2)
+
+
+# ---------------------------------------------------------------- the map of supervision
+PANELS = {"answer": "answered as it is", "aim": "aim of hop 1:\nthe nearest code is right",
+          "store": "store of hop 2:\nthe right code is answered", "seen": "seen by the lens"}
+
+
+def supervision(runs):
+    """The four panels over the shares of OOD facts that are supervised as hop 1 and as hop 2."""
+    cells = {}
+    on_map = [run for run in runs.all if run.name.startswith("map/")]
+    for run in runs.those_with("end", on_map):
+        cells.setdefault((run.config.hop1, run.config.hop2), []).append(read_cell(run))
+    if not cells:
+        raise Absent("no measured run of map")
+    grid = sorted({0.0, 0.25, 0.5, 0.75, 1.0}.union(*cells))
+    maps = {}
+    for panel in PANELS:
+        maps[panel] = np.full((len(grid), len(grid)), np.nan)           # (hop 1, hop 2)
+        for (hop1, hop2), seeds in cells.items():
+            where = (grid.index(hop1), grid.index(hop2))
+            maps[panel][where] = mean(cell[panel] for cell in seeds)
+    figure = Figure((WIDTH, 2.9), layout="constrained")
+    for axes, (panel, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
+        draw_panel(axes, maps[panel], grid, "Oranges" if panel == "seen" else "Blues")
+        axes.set_title(title, fontsize=9)
+    figure.axes[0].set_ylabel("share supervised as hop 1")
+    figure.supxlabel("share of the OOD facts supervised as hop 2", fontsize=9)
+    set_message(figure, say_map(maps))
     return figure
 
 
-def regimes(groups):
-    """The curves of the regimes, {regime: runs}, one panel each."""
-    figure = Figure((WIDTH, 4.6), layout="constrained")
-    grid = figure.subplots(2, 3, sharey=True).ravel()  # the last panel: the legend
-    for axes in grid[len(groups):]:
-        axes.set_axis_off()
-    for axes, (regime, runs) in zip(grid, groups.items()):
-        stage_lines(axes, runs)
-        shares_up(axes, steps_of(runs))
-        axes.set_title(NAMES[regime], fontsize=9.5)
-    grid[-1].legend(handles=[
-        Line2D([], [], color=GREY, ls="--", lw=1.6, label="training compositions"),
-        Line2D([], [], color=ORANGE, lw=1.6, label="bridge seen at any state, OOD"),
-        Line2D([], [], color="0.2", lw=1, ls=":", label="the same by chance"),
-        Line2D([], [], color=BLUE, lw=2.6, label="OOD answer")], loc="center", fontsize=8.5,
-        frameon=False)
-    preset = next(iter(groups.values()))[0].about["preset"]
-    figure.suptitle(f"Training, bridge and OOD answer in {preset}: mean and range of "
-                    f"{seeds_of(groups)}", fontsize=10)
-    figure.supylabel("share of queries", fontsize=8.5)
+def read_cell(run):
+    """The four panels' numbers of one run."""
+    end = run.inside["end"]
+    aim = end["aim"]["test_ood"]
+    return {"answer": aim["as_is"], "aim": aim["nearest_right"], "store": aim["own_code"],
+            "seen": end["test_ood"]["seen"]["paper"]["any"]}
+
+
+def draw_panel(axes, values, grid, shades):
+    """A map with its numbers; what was not trained or not measured is hatched."""
+    axes.imshow(values, vmin=0, vmax=1, cmap=shades, origin="lower")
+    for (row, column), value in np.ndenumerate(values):
+        if np.isnan(value):
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="////",
+                                     linewidth=0, edgecolor="0.7"))
+        else:
+            axes.text(column, row, short(value), ha="center", va="center", fontsize=8,
+                      color="white" if value > 0.6 else "black")
+    axes.set_xticks(range(len(grid)), [tick(share) for share in grid])
+    axes.set_yticks(range(len(grid)), [tick(share) for share in grid])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def say_map(maps):
+    """The message of `supervision`: what supervising all of a hop's facts adds, to aim and store,
+    as a mean over the shares of the other hop."""
+    gains = {}
+    for panel in ("aim", "store"):
+        values = maps[panel]
+        for hop, added in ((1, values[-1] - values[0]), (2, values[:, -1] - values[:, 0])):
+            gains[panel, hop] = mean(gain for gain in added if np.isfinite(gain))
+    if np.isnan(list(gains.values())).any():
+        n_cells = int(np.isfinite(maps["answer"]).sum())
+        return f"Answer, aim, store and lens in {n_cells} of {maps['answer'].size} cells"
+    text = (f"the aim gains {signed(gains['aim', 1])} from hop 1's and {signed(gains['aim', 2])} "
+            f"from hop 2's, the store {signed(gains['store', 1])} and "
+            f"{signed(gains['store', 2])}")
+    if (gains["aim", 1] > 2 * abs(gains["aim", 2])
+            and gains["store", 2] > 2 * abs(gains["store", 1])):
+        return f"Supervision mends the hop it is given to: {text}"
+    return f"With full supervision {text}"
+
+
+def signed(number):
+    """"+.30", "-.02"."""
+    return ("-" if number < 0 else "+") + short(abs(number))
+
+
+# ---------------------------------------------------------------- new facts
+SERVED = {"new_old": ("new + old", BLUE), "old_new": ("old + new", GREEN),
+          "new_new": ("new + new", ORANGE)}
+EXPOSED = {"exposed_old": ("exposed + old", BLUE), "old_exposed": ("old + exposed", GREEN)}
+
+
+def new_facts(runs):
+    """What new facts serve for, by the share of them that was exposed."""
+    groups = {0.0: runs.needed("tune/long_natural_end")}
+    for share in (0.25, 0.5, 1.0):
+        group = runs.group(f"exposed/natural_end_{share:g}_4")
+        if group:
+            groups[share] = group
+    if len(groups) == 1:
+        raise Absent("no finished run of exposed/natural_end_*_4")
+    step = groups[max(groups)][0].config.steps
+    figure, axes = new_curves(f"compositions answered at step {step:,}",
+                              "share of the new facts that is exposed: trained in 4 compositions "
+                              "a hop, too")
+    means = {}
+    ends = {}  # {share at which lines end: {name: (color, height)}}
+    for split, (name, color) in {**SERVED, **EXPOSED}.items():
+        means[split] = draw_exposure(axes, groups, step, split, color)
+        share = max(means[split])
+        ends.setdefault(share, {})[name] = (color, means[split][share])
+    for share, names in ends.items():
+        label_ends(axes, share, names)
+    for share, group in groups.items():
+        draw_r2_alone(axes, runs.those_with("r2_alone", group), (share - 0.02, share + 0.02))
+    key = {"unexposed": {}, "exposed": {"linestyle": "--"}, "what r2 alone gives": R2_ALONE}
+    add_key(axes, key)
+    axes.set_xticks(list(groups), [tick(share) for share in groups])
+    axes.set_xlim(-0.04, 1.04)
+    set_message(figure, say_exposure(means))
     return figure
 
 
-# ---------------------------------------------------------------- seen and used (Finding 2)
-def shares_of(run, split):
-    """{measure: share of a split's queries, or nan}, grokked; sites are the best of all."""
-    found = run.paths["grokked"][split]
-    lens = [found["lens"][part] for part in PARTS]
-    seen = lens[PARTS.index("state")]["bridge"]
-    used = [map_at(found, kind).max() if found["patch"][kind]["n"] else None
-            for kind in ("other_r2", "code")]
-    shares = {"answered": last(run, split), "seen at any state": seen["any"],
-              "seen at one site": seen["best"],
-              "seen among entities": largest(part["entity"]["best"] for part in lens),
-              "present: a probe": largest(np.ravel(found["probe"])),
-              "used: a donor's value": used[0], "used: the bridge's code": used[1]}
-    return {name: np.nan if share is None else share for name, share in shares.items()}
+def share_at(run, step, split):
+    """The share of a split that a run answers at a step; None where it has no such queries."""
+    for line in run.history:
+        if line["step"] == step:
+            return line["accuracy"].get(split)
+    return None
 
 
-def largest(shares):
-    """The largest share; None if there is none."""
-    return max((share for share in shares if share is not None), default=None)
-
-
-def seen_used(groups):
-    """{regime: runs with paths}: what is answered, seen, present and used, one panel a regime."""
-    measures = list(shares_of(next(iter(groups.values()))[0], "test_ood"))
-    figure = Figure((WIDTH, 4.9), layout="constrained")
-    grid = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-    for axes, (regime, runs) in zip(grid, groups.items()):
-        for split, color, marker, shift in (("test_ood", BLUE, "o", -0.11),
-                                            ("test_id", ORANGE, "s", 0.11)):
-            draw_shares(axes, [shares_of(run, split) for run in runs], color, marker, shift)
-        draw_paper(axes, regime, runs)
-        axes.set_title("\n".join(NAMES[regime].rsplit(" ", 1)), fontsize=9)
-        shares_right(axes, len(measures))
-    grid[0].set_yticks(range(len(measures)), measures)
-    figure.suptitle("Answered, seen, present, used: share of queries at the end of training "
-                    "(used: of those answered rightly)", fontsize=10)
-    figure.legend(handles=[
-        Line2D([], [], color=BLUE, marker="o", ls="", ms=5, label="OOD, a dot a seed"),
-        Line2D([], [], color=ORANGE, marker="s", ls="", ms=5, label="ID"),
-        Line2D([], [], color="0.2", marker="|", ls="", ms=12, mew=2, label="mean over seeds"),
-        Line2D([], [], color="0.2", marker="x", ls="", ms=5, label="seen by chance, OOD"),
-        Line2D([], [], color="black", marker="D", ls="", mfc="none", ms=6,
-               label="paper, one run (OOD)")],
-        loc="outside lower center", ncols=5, fontsize=8.5, frameon=False, columnspacing=1.0,
-        handletextpad=0.2)
-    return figure
-
-
-def draw_shares(axes, shares, color, marker, shift):
-    """One row a measure: a dot a seed, their mean as a line; shares is a list of `shares_of`."""
-    for row, name in enumerate(shares[0]):
-        values = np.array([found[name] for found in shares])
-        values = values[np.isfinite(values)]
-        axes.plot(values, np.full(len(values), row + shift), marker, ms=4.5, color=color,
-                  alpha=0.75, mew=0)
-        if len(values):
-            axes.plot([values.mean()] * 2, [row + shift - 0.1, row + shift + 0.1], color="0.2",
-                      lw=2, solid_capstyle="butt")
-
-
-def draw_paper(axes, regime, runs):
-    """The paper's values, hollow, and what the lens shows of another query's bridge."""
-    for row, share in enumerate(PAPER[regime]):
-        axes.plot(share, row - 0.33, "D", color="black", mfc="none", ms=5.5, clip_on=False)
-    chance = [run.paths["grokked"]["test_ood"]["lens"]["state"]["bridge_chance"] for run in runs]
-    for row, kind in ((1, "any"), (2, "best")):
-        values = [found[kind] for found in chance if found[kind] is not None]
+def draw_exposure(axes, groups, step, split, color):
+    """A dot a seed, and a line through the means, {share exposed: mean}, which are returned."""
+    means = {}
+    for share, group in groups.items():
+        values = [share_at(run, step, split) for run in group]
+        values = [value for value in values if value is not None]
         if values:
-            axes.plot(np.mean(values), row + 0.33, "x", color="0.2", ms=4.5)
+            means[share] = mean(values)
+            axes.plot([share] * len(values), values, "o", color=color, markersize=5, alpha=0.6,
+                      markerfacecolor="white" if split in EXPOSED else color, clip_on=False)
+    axes.plot(list(means), list(means.values()), "--" if split in EXPOSED else "-", color=color,
+              linewidth=2)
+    return means
 
 
-# ---------------------------------------------------------------- half supervision in four cells
-CELLS = {"yes, yes": "both hops", "yes, no": "hop 1 alone", "no, yes": "hop 2 alone",
-         "no, no": "neither hop"}
+R2_ALONE = {"linewidth": 3, "solid_capstyle": "butt"}
 
 
-def cells(groups):
-    """{regime: runs with cells}: OOD answers by what was supervised, a dot a seed."""
-    rows = []
-    for regime, cell in product(groups, CELLS):
-        if any(run.cells[cell]["n"] for run in groups[regime]):
-            rows.append((regime, cell))
-    figure = Figure((WIDTH, 0.42 * len(rows) + 1.3), layout="constrained")
-    grid = figure.subplots(1, 2, sharey=True)
-    for axes, title, end in zip(grid, ("all OOD queries", "both facts are known"), ("", "_known")):
-        for row, (regime, cell) in enumerate(rows):
-            found = [run.cells[cell] for run in groups[regime] if run.cells[cell]["n" + end]]
-            draw_cell(axes, row, [(c["right" + end], c["n" + end]) for c in found])
-        axes.set_title(title, fontsize=9.5)
-        axes.set_xlabel("share right, and 95 % interval of each seed", fontsize=8.5)
-        shares_right(axes, len(rows))
-    grid[0].set_yticks(range(len(rows)), [f"{NAMES[regime]}: {CELLS[cell]}"
-                                          for regime, cell in rows])
-    figure.suptitle(f"OOD answers by the hops whose facts were supervised, {seeds_of(groups)}",
-                    fontsize=10)
+def draw_r2_alone(axes, runs, ends):
+    """Ticks at what r2 alone gives, see experiments/measure.py."""
+    for run in runs:
+        for split, share in run.inside["r2_alone"].items():
+            if split in SERVED:
+                axes.plot(ends, [share] * 2, color=SERVED[split][1], zorder=1, **R2_ALONE)
+
+
+def add_key(axes, styles):
+    """What the kinds of lines mean, {text: style}."""
+    axes.legend(handles=[Line2D([], [], color="0.3", label=text, **style)
+                         for text, style in styles.items()], loc="upper left")
+
+
+def say_exposure(means):
+    """The message of `new_facts`, at the largest share that leaves others to test."""
+    share = max(means["new_new"])
+    first, second, both = (short(means[split][share]) for split in SERVED)
+    chained = "hardly chained" if means["new_new"][share] < 0.2 else "chained"
+    return (f"With {short(share)} of the new facts exposed, the others serve hop by hop ({first} "
+            f"as hop 1, {second} as hop 2); two of them are {chained} ({both})")
+
+
+def tuned(runs):
+    """Compositions with new facts while a trained model is fine-tuned."""
+    group = runs.needed("tune/long_natural_end")
+    steps = steps_of(group)
+    figure, axes = new_curves("compositions answered", "step of fine-tuning (small, natural, from "
+                              f"the end; {len(group)} seeds)")
+    curves = {}
+    for split, (name, color) in SERVED.items():
+        curves[name] = (color, np.array([run.shares(split) for run in group]))  # (seeds, steps)
+    draw_curves(axes, steps, curves)
+    axes.set_xscale("log")
+    axes.set_xlim(steps[0], steps[-1])
+    shown = [step for step in (200, 500, 1000, 2000, 5000) if steps[0] <= step <= steps[-1]]
+    axes.set_xticks(shown, [f"{step:,}" for step in shown])
+    axes.minorticks_off()
+    draw_r2_alone(axes, runs.those_with("r2_alone", group), (0.9 * steps[-1], steps[-1]))
+    add_key(axes, {"one seed": {"linewidth": 0.8}, "what r2 alone gives": R2_ALONE})
+    set_message(figure, say_tuned(steps, curves))
     return figure
 
 
-def draw_cell(axes, row, found):
-    """One row: [(share, n) of a seed, ...] with Wilson intervals, n to the right."""
-    for seed, (share, n) in enumerate(found):
-        y = row + 0.2 * (seed - (len(found) - 1) / 2)
-        axes.plot(wilson(round(share * n), n), [y, y], color=GREY, lw=1.2)
-        axes.plot(share, y, "o", color=BLUE, ms=4.5)
-    counts = [n for _, n in found] or [0]
-    low, high = min(counts), max(counts)
-    axes.text(1.04, row, f"n = {low}" + (f" to {high}" if low < high else ""), fontsize=8.5,
-              va="center", transform=axes.get_yaxis_transform())
+def say_tuned(steps, curves):
+    """The message of `tuned`: what new facts serve for early, and at the end."""
+    first, second, both = (seeds for _, seeds in curves.values())                # (seeds, steps)
+    first = first.mean(axis=0)
+    second = second.mean(axis=0)
+    early = min(int(np.searchsorted(steps, 400)), len(steps) - 1)
+    told = []
+    for row in (early, -1):
+        hop = 1 if first[row] > second[row] else 2
+        shares = sorted((first[row], second[row]))
+        told.append(f"at step {steps[row]:,} more as hop {hop} ({short(shares[1])} against "
+                    f"{short(shares[0])})")
+    return (f"New facts serve {told[0]}, {told[1]}; two of them are chained in {short(both.max())} "
+            "at most")
 
 
-# ---------------------------------------------------------------- fine-tuning (Finding 3)
-KINDS = {"new_old": "new + old", "old_new": "old + new", "new_new": "new + new"}
-STARTS = {  # started from: color, dashes, name
-    "scratch": (GREY, ":", "from scratch"),
-    "natural_before": (ORANGE, "--", "natural, before"),
-    "natural_grokked": (BLUE, "-", "natural, grokked"),
-    "both_full_grokked": ("#CC79A7", "-.", "both hops supervised, grokked")}
-
-
-def tuned_of(groups):
-    """{"some" or "all" old facts kept: {key of STARTS: runs}}, the longer runs where there are."""
-    found = {}
-    for kept, end in (("some", ""), ("all", "_all")):
-        for start in STARTS:
-            short, long = (groups.get(f"tune/{kind}_{start}{end}") for kind in ("small", "flat"))
-            if long or short:
-                found.setdefault(kept, {})[start] = long or short
-    return found
-
-
-def tuned(found):
-    """Compositions with new facts while fine-tuning, one panel a kind; see `tuned_of`. A thin
-    line: what r2 alone gives, see `r2_alone` of tables."""
-    figure = Figure((WIDTH, 2.3 * len(found) + 0.9), layout="constrained")
-    grid = figure.subplots(len(found), 3, sharey=True, squeeze=False)
-    for (kept, starts), line in zip(found.items(), grid):
-        one = next(iter(starts.values()))[0]
-        some = one.about["world"]["kept"]
-        line[0].set_ylabel("all old facts kept" if kept == "all"
-                           else f"{100 * some:.0f} % of old facts kept", fontsize=8.5)
-        for (split, kind), guess, axes in zip(KINDS.items(), by_r2(one), line):
-            axes.axhline(float(guess), color="0.2", lw=0.8)
-            for key, runs in starts.items():
-                color, dashes, _ = STARTS[key]
-                draw_curve(axes, runs, split, color=color, ls=dashes, lw=2)
-            shares_up(axes, sum(map(steps_of, starts.values()), []), log=False)
-            axes.set_title(kind, fontsize=9.5)
-    shown = set().union(*found.values())
-    figure.legend(handles=[Line2D([], [], color=color, ls=dashes, lw=2, label=name)
-                           for key, (color, dashes, name) in STARTS.items() if key in shown]
-                  + [Line2D([], [], color="0.2", lw=0.8, label="r2 alone")],
-                  loc="outside lower center", ncols=5, fontsize=8.5, frameon=False)
-    runs = dict(enumerate(chain.from_iterable(starts.values() for starts in found.values())))
-    figure.suptitle("Share of compositions with new facts that are right, while fine-tuning: mean "
-                    f"and range of {seeds_of(runs)}", fontsize=10)
+# ---------------------------------------------------------------- the paper's own recursion
+def recursion(runs):
+    """The paper's recursion unrolled: what its lens sees after every pass, what a swap redirects
+    at every site inside."""
+    run = runs.needed("trm/both_full", "paths.json")[0]
+    found = read_json(run.folder / "paths.json")["end"]
+    used = found["test_ood"]["used"]["other_r2"]
+    if not used["n"]:
+        raise Absent(f"no swap in {run.name} (0 queries)")
+    config = run.config
+    shares = np.stack([used["redirected"][part] for part in PARTS], axis=1)  # (n_loops, 2, T)
+    lens = np.array(found["test_ood"]["seen"]["state"]["bridge"]["map"])     # (n_loops, T)
+    figure = Figure((WIDTH, 1.2 + 1.9 * config.n_cycles), layout="constrained")
+    passes = figure.subplots(config.n_cycles, config.n_low + 1, squeeze=False).ravel()
+    for number, axes in enumerate(passes):
+        loops = slice(number * config.n_blocks, (number + 1) * config.n_blocks)
+        draw_pass(axes, shares[loops], lens[loops][-1].max())
+        name = name_loops(config)[loops][0].split(",")[0].replace(" pass", "\npass")
+        axes.set_title(name, fontsize=8, loc="left")
+        if number % (config.n_low + 1):
+            axes.set_yticks([])
+            axes.annotate("", (-0.03, 0.5), (-0.21, 0.5), xycoords="axes fraction",
+                          arrowprops=dict(arrowstyle="-|>", color="0.3"))
+    for loop, part, position in found["site"]["sites"]:
+        number, block = divmod(loop, config.n_blocks)
+        passes[number].plot(block * len(PARTS) + PARTS.index(part), position, "o", markersize=25,
+                            markerfacecolor="none", markeredgecolor="black", markeredgewidth=2,
+                            clip_on=False, zorder=6)
+    figure.legend(handles=[
+        Patch(facecolor="none", edgecolor=ORANGE, linewidth=2,
+              label="where the paper's lens looks, and the most that it sees there"),
+        Patch(facecolor=BLUE, label="what a donor's value redirects; circled: the bridge's site"),
+        Line2D([], [], color="0.3", label="between the two blocks of a pass")],
+        loc="outside lower center", ncols=2)
+    set_message(figure, say_recursion(config, found))
     return figure
+
+
+def draw_pass(axes, shares, seen):
+    """The sites of one pass, shares (n_blocks, 2, T), shaded by what a swap redirects there; framed
+    is what the lens reads, with the share that it sees."""
+    n_blocks, n_parts, T = shares.shape
+    values = shares.reshape(n_blocks * n_parts, T).T                         # (T, sites of a row)
+    axes.imshow(values, vmin=0, vmax=1, cmap="Blues", origin="lower", aspect="auto")
+    for (position, column), share in np.ndenumerate(values):
+        if share >= 0.3:
+            axes.text(column, position, short(share), ha="center", va="center", fontsize=8,
+                      color="white" if share > 0.6 else "black")
+    for block in range(1, n_blocks):
+        axes.axvline(block * n_parts - 0.5, color="0.3", linewidth=1)
+    last = n_blocks * n_parts - 1
+    axes.add_patch(Rectangle((last - 0.5, -0.5), 1, T, fill=False, edgecolor=ORANGE, linewidth=2.5,
+                             clip_on=False, zorder=5))
+    axes.text(last, T - 0.4, short(seen), color=ORANGE, ha="center", va="bottom", fontsize=8)
+    axes.set_xticks(range(last + 1), list(PARTS) * n_blocks, rotation=90, fontsize=8)
+    axes.set_yticks(range(T), name_positions(T), fontsize=8)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(True)
+
+
+def say_recursion(config, found):
+    """The message of `recursion`."""
+    lens = found["test_ood"]["seen"]["paper"]
+    site = found["site"]
+    names = []
+    is_read = []
+    for loop, part, _ in site["sites"]:
+        names.append(name_loops(config)[loop].split(",")[0])
+        is_read.append(part == "state" and (loop + 1) % config.n_blocks == 0)
+    place = ("after " if any(is_read) else "inside ") + " and ".join(dict.fromkeys(names))
+    seen = f"{short(lens['any'])} of the bridges (chance {short(lens['any_chance'])})"
+    return (f"In the paper's recursion the lens looks after every pass, and sees {seen} there; a "
+            f"swap {place} redirects {short(site['test_ood']['donor'])} of the answers")
 
 
 # ---------------------------------------------------------------- the moving picture
-MAPS = {"bridge": "seen: bridge\nis top-1", "entity": "seen: bridge is top\namong entities",
-        "code": "used: bridge's code\nredirects"}
+FILMED = ("small/second_full", "small/second_full/seed0")
+MAPS = {"seen": ("what the lens sees", "Oranges"),
+        "used": ("what a swap shows is used", "Blues")}
 
 
-def film(folder, n=100):
-    """Train the run of a folder anew, on one thread of the CPU, and write frames.npz into it.
+def measure_frames(folder, n=100):
+    """Train the run of a folder anew, on the CPU, and write frames.npz into it:
 
-    "step" (S,), one an evaluation; "bridge", "entity", "probe", "code": maps (S, n_loops, 2, T) of
-    the share of up to n OOD queries in which the bridge is top-1, is top among the entities, is
-    read by a probe fitted on ID queries, and in which the code of a donor's bridge in place of
-    their own redirects the answer; "n". Raises BadInput if the run does not end as its
-    metrics.jsonl says.
-    """
-    about, history = read_run(folder)
-    world, splits = build_data(about, folder)
-    if "test_ood" not in splits:
-        raise BadInput(f"{folder}: has no OOD queries, a run with new facts cannot be filmed")
+    "step" (S,), one an evaluation; "answer" (S,), the share of OOD questions answered; and in
+    (S, n_loops, 2, T), the parts in the order of PARTS, "seen", the share of n OOD questions whose
+    bridge is top-1 there, and "used", the share that a donor of another r2 redirects.
+    Raises BadInput if the run does not end as its metrics.jsonl says."""
+    config, history = read_run(folder)
+    if config.new_facts:
+        raise BadInput(f"{folder}: is a run on new facts, and has no OOD questions")
+    check_writable(folder)
+    files = {config.facts: read_bytes(folder / config.facts)} if config.facts else {}
+    world, splits = make_data(config, files)
     rng = np.random.default_rng(0)
-    known, pool = (splits[split].take(rng.permutation(len(splits[split].h))[:2000])
-                   for split in ("test_id", "test_ood"))
-    swapped = [part[:n] if isinstance(part, np.ndarray) else part.take(slice(n))
-               for part in other_r2(world, pool, pool, rng)]
-    if not len(swapped[2]):
-        raise BadInput(f"{folder}: has no two OOD queries to swap")
-    trainer, frames = begin({**about, "device": "cpu"}, world, splits), []
-    while trainer.step < trainer.config.steps:
+    pool = splits["test_ood"].take(rng.permutation(len(splits["test_ood"].h)))
+    swapped = other_r2(world, pool.take(slice(n)), pool, rng)
+    trainer = Trainer(replace(config, device="cpu"), world, splits)
+    frames = []
+    while trainer.step < config.steps:
         trainer.train_step()
-        if trainer.step % trainer.config.eval_every == 0 or trainer.step == trainer.config.steps:
-            trainer.measure()
-            frames.append(frame(trainer.average, world, known, *swapped))
-            say_progress(trainer)
-    compare(folder, trainer.history, history)
+        if trainer.step % config.eval_every == 0 or trainer.step == config.steps:
+            answer = trainer.measure()["accuracy"]["test_ood"]
+            frames.append({"step": trainer.step, "answer": answer,
+                           **measure_frame(trainer.average, world, *swapped)})
+            say(f"step {trainer.step} of {config.steps}")
+    if abs(answer - history[-1]["accuracy"]["test_ood"]) > 1e-4:
+        raise BadInput(f"{folder}: trained anew it ends otherwise; this machine rounds otherwise")
     content = io.BytesIO()
-    maps = {}
-    for name in FILMED:
-        maps[name] = np.array([found[name] for found in frames], np.float32)
-    np.savez_compressed(content, n=len(swapped[2]), step=[line["step"] for line in trainer.history],
-                        **maps)
+    np.savez_compressed(content, **{name: np.array([frame[name] for frame in frames])
+                                    for name in frames[0]})
     write_file(folder / "frames.npz", content.getvalue())
 
 
-def frame(model, world, known, clean, donor, predicted):
-    """{"bridge", "entity", "code", "probe"}: the maps of `film` for one moment; codes and probe are
-    those of the ID queries `known`."""
+def measure_frame(model, world, clean, donor, predicted):
+    """{"seen", "used": (n_loops, 2, T)} of one moment."""
     tokens, _ = to_tokens(clean, world, model.config.layout)
-    known_tokens, _ = to_tokens(known, world, model.config.layout)
-    code = codes(model, known_tokens, torch.from_numpy(known.b), world.n_entities)
-    new = values_of(model, tokens) + code[:, :, donor.b] - code[:, :, clean.b]
-    bridges, found = torch.from_numpy(clean.b)[:, None], {}
-    for name, first in (("bridge", None), ("entity", world.n_entities)):
-        found[name] = (logit_lens(model, tokens, first) == bridges).float().mean(2).tolist()
-    weights = fit(model, known_tokens, torch.eye(world.n_entities)[torch.from_numpy(known.b)])
-    found["probe"] = means(read(model, tokens, weights).argmax(-1) == bridges[:, 0])
-    found["code"] = patch_map(model, tokens, new, torch.from_numpy(predicted))["redirected"]
-    return found
+    theirs = values_of(model, to_tokens(donor, world, model.config.layout)[0])
+    redirected = patch_map(model, tokens, theirs, predicted)["redirected"]
+    top = logit_lens(model, tokens)
+    bridges = torch.from_numpy(clean.b)[:, None]                                # (N, 1)
+    seen = [(top[part] == bridges).float().mean(1).numpy() for part in PARTS]
+    used = [redirected[part].astype(np.float32) for part in PARTS]
+    return {"seen": np.stack(seen, axis=1), "used": np.stack(used, axis=1)}
 
 
-def compare(folder, new, old):
-    """BadInput unless both histories end with the same accuracies, up to rounding."""
-    ends = [{"step": line["step"], **line["accuracy"]} for line in (new[-1], old[-1])]
-    for name, value in ends[1].items():
-        if not abs(ends[0].get(name, np.nan) - value) <= 1e-6:  # a nan is no agreement
-            raise BadInput(f"{folder}: {name} = {ends[0].get(name)} at the end when trained anew, "
-                           f"must be {value} as in metrics.jsonl; nothing is written")
+def read_frames(runs):
+    """What frames.npz of the filmed run holds."""
+    group, name = FILMED
+    for run in runs.group(group):
+        if run.name == name and run.has("frames.npz"):
+            with reading(run.folder / "frames.npz"), np.load(run.folder / "frames.npz") as saved:
+                return {key: saved[key] for key in saved}
+    raise Absent(f"no frames.npz of {name}; --frames makes it")
 
 
-def scene(run, frames, i):
-    """The i-th frame of the moving picture."""
-    figure, step = Figure((WIDTH, 3.9), dpi=100), int(frames["step"][i])
-    axes = figure.add_axes([0.04, 0.13, 0.26, 0.66])
-    ends = stage_lines(axes, [until(run, step)])
-    shares_up(axes, steps_of([run]))
-    label_ends(axes, ends, 0.16)
-    for (name, title), left in zip(MAPS.items(), (0.487, 0.662, 0.837)):
-        sites = figure.add_axes([left, 0.13, 0.15, 0.66])
-        draw_sites(sites, frames[name][i], title)
-        sites.tick_params(labelleft=left < 0.5)
-    axes.set_title("share of queries", fontsize=8.5)
-    figure.suptitle(f"Step {step:,} ({name_of(run)}); maps: share of {frames['n']} OOD queries",
-                    fontsize=10)
+def scene(frames, i):
+    """The i-th frame: the two maps, the site that is used at the end circled in both."""
+    figure = Figure((WIDTH, 4.4), dpi=100)
+    _, n_loops, n_parts, T = frames["used"].shape
+    site = np.unravel_index(frames["used"][-1].argmax(), frames["used"][-1].shape)
+    loop, part, position = site
+    names = [f"loop {number + 1}, {name}" for number in range(n_loops) for name in PARTS]
+    for left, (key, (title, shades)) in zip((0.13, 0.60), MAPS.items()):
+        axes = figure.add_axes([left, 0.09, 0.37, 0.68], title=title)
+        axes.imshow(frames[key][i].reshape(n_loops * n_parts, T), vmin=0, vmax=1, cmap=shades,
+                    aspect="auto", origin="lower")
+        axes.plot(position, loop * n_parts + part, "o", markersize=27, markerfacecolor="none",
+                  markeredgecolor="black", markeredgewidth=2)
+        axes.set_yticks(range(len(names)), names if left < 0.5 else [""] * len(names))
+        axes.set_xticks(range(T), name_positions(T))
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(True)
+    figure.text(0.02, 0.945, f"Step {frames['step'][i]:,}: it answers {short(frames['answer'][i])} "
+                "of the OOD questions.", fontsize=11, va="center")
+    seen = short(frames["seen"][i].max())
+    used = short(frames["used"][i][site])
+    figure.text(0.02, 0.885, f"No site shows the lens more than {seen} of the bridges; a swap at "
+                f"the circled one redirects {used}.", fontsize=11, va="center")
     return figure
 
 
-def pixels(figure):
-    """The figure as an image."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
-
-
-def draw_sites(axes, values, title):
-    """A map (n_loops, 2, T) with a row for what was mixed and one for the state of each loop."""
-    n_loops, n_parts, T = values.shape
-    draw_map(axes, values.reshape(n_loops * n_parts, T))
-    rows = product(range(1, n_loops + 1), PARTS)
-    axes.set_yticks(range(n_loops * n_parts), [f"{loop} {part}" for loop, part in rows])
-    axes.set_xticks(range(T), places(T))
-    axes.tick_params(labelsize=8, length=0)
-    axes.set_title(title, fontsize=8.5)
+def moving(runs):
+    """The GIF, as bytes."""
+    frames = read_frames(runs)
+    images = []
+    for i in range(len(frames["step"])):
+        canvas = FigureCanvasAgg(scene(frames, i))
+        canvas.draw()
+        image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+        # one palette for all: a pixel that does not change costs nothing
+        images.append(image.quantize(palette=palette(), dither=Image.Dither.NONE))
+    content = io.BytesIO()
+    images[0].save(content, "GIF", save_all=True, append_images=images[1:], loop=0,
+                   duration=[300] * (len(images) - 1) + [4000])
+    return content.getvalue()
 
 
 def palette():
-    """An image with the colors of a scene: those of the lines, fading to white, and of the maps."""
-    fading = np.linspace(0, 1, 16)[:, None]
-    ramps = [1 - fading * (1 - np.array(to_rgb(color))) for color in ("black", BLUE, ORANGE)]
-    colors = np.concatenate([*ramps, colormaps["Blues"](np.linspace(0, 1, 64))[:, :3]])
+    """An image with the colours of a scene: those of the maps, and greys."""
+    greys = np.repeat(np.linspace(0, 1, 24)[:, None], 3, axis=1)
+    ramps = [colormaps[shades](np.linspace(0, 1, 100))[:, :3] for _, shades in MAPS.values()]
+    colors = np.concatenate([greys, *ramps])
     image = Image.new("P", (1, 1))
     image.putpalette((255 * colors).round().astype(np.uint8).tobytes())
     return image
 
 
-def moving(run, most=40):
-    """The GIF, as bytes: at most so many frames, dense where the steps are few."""
-    frames = read_frames(run.folder / "frames.npz")
-    S = len(frames["step"])
-    shown = np.unique(np.geomspace(1, S, most).round().astype(int)) - 1
-    images = [pixels(scene(run, frames, i)) for i in shown]
-    colors = palette()  # the same for all: a pixel that does not change costs nothing
-    images = [image.quantize(palette=colors, dither=Image.Dither.NONE) for image in images]
-    content = io.BytesIO()
-    images[0].save(content, "GIF", save_all=True, append_images=images[1:], loop=0,
-                   duration=[250] * (len(images) - 1) + [4000])
-    return content.getvalue()
+def poster(runs):
+    """The last frame of the moving picture."""
+    return scene(read_frames(runs), -1)
 
 
 # ---------------------------------------------------------------- the command line
-def choose(groups):
-    """{file: (what draws it, from what, which is empty if the runs are not there)}."""
-    runs = chain.from_iterable(groups.values())
-    filmed = [run for run in runs if (run.folder / "frames.npz").exists()]
-    natural = [run for run in groups.get("small/natural", []) if run in filmed]
-    quick = groups.get("tiny/natural") or groups.get("small/natural") or []
-    measured = regimes_of(groups, "small", "cells")
-    half = {regime: measured[regime] for regime in ("both_half", "first_full", "second_full")
-            if regime in measured}
-    return {"task.png": (task, Config().n_loops), "grokking.gif": (moving, filmed and filmed[-1]),
-            "hero.png": (hero, quick and quick[0]), "stages.png": (probed, natural),
-            "seen_used.png": (seen_used, regimes_of(groups, "small", "paths")),
-            "cells.png": (cells, half), "tuned.png": (tuned, tuned_of(groups)),
-            "regimes.png": (regimes, regimes_of(groups, "small"))}
+PICTURES = {"task.png": task, "hero.png": hero, "store_aim.png": store_aim, "film.png": film,
+            "seen_used.png": seen_used, "seen_used_bars.png": seen_used_bars,
+            "map.png": supervision, "new_facts.png": new_facts, "tuned.png": tuned,
+            "recursion.png": recursion, "grokking.gif": moving, "grokking.png": poster}
 
 
-def draw_all(root, out):
-    """Draw the pictures of the runs below root into the folder out."""
-    chosen = choose(read_groups(root))
-    out.mkdir(parents=True, exist_ok=True)
-    for file, (draw, given) in chosen.items():
-        if not given:
-            say(f"{file}: skipped, {root} does not hold its runs")
-            continue
-        drawn = draw(given)
+def draw(file, runs):
+    """One of the PICTURES, as bytes."""
+    with rc_context(STYLE):
+        drawn = PICTURES[file](runs)
         if isinstance(drawn, Figure):
             content = io.BytesIO()
-            drawn.savefig(content, dpi=150)
+            drawn.savefig(content, dpi=150, format="png")
             drawn = content.getvalue()
-        write_file(out / file, drawn)
-        say(f"{out / file}")
+    return drawn
+
+
+def draw_all(root, output, only=None):
+    """Draw the pictures of the runs below root into the folder `output`."""
+    runs = Runs(root)
+    check_writable(output)
+    for file in PICTURES if only is None else [only]:
+        runs.left_out.clear()
+        try:
+            write_file(output / file, draw(file, runs))
+            say((output / file).as_posix())
+        except Absent as reason:
+            say(f"{file}: skipped, {Path(root).as_posix()} holds {reason}")
+        for name, reason in runs.left_out.items():
+            say(f"  without {name}, which {reason}")
 
 
 def main(argv=None):
     """Draw, or film; exit status 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="pictures.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, default="runs/shipped", help="(runs/shipped)")
-    parser.add_argument("-o", "--out", type=Path, default="figures", help="(figures)")
-    parser.add_argument("--frames", type=Path, metavar="RUN", help="write frames.npz of this run")
-    asked, threads = parser.parse_args(argv), torch.get_num_threads()
-    try:
-        if asked.frames:
-            torch.set_num_threads(1)  # sums in another order would make another run
-            film(asked.frames)
+    def body():
+        parser = Parser(prog="experiments.pictures", description="Draw all pictures from runs.")
+        parser.add_argument("--root", type=Path, default=HERE.parent / "runs/shipped",
+                            help="folder of runs (runs/shipped)")
+        parser.add_argument("-o", "--out", type=Path, default=HERE.parent / "figures",
+                            help="(figures)")
+        parser.add_argument("--only", metavar="NAME", help=f"one of {', '.join(PICTURES)}")
+        parser.add_argument("--frames", type=Path, metavar="RUN", help="write frames.npz of RUN")
+        args = parser.parse_args(argv)
+        if args.only not in (None, *PICTURES):
+            raise BadInput(f"only = {args.only}: must be one of {', '.join(PICTURES)}")
+        if args.frames:
+            torch.set_num_threads(1)  # more would take sums in another order: another run
+            measure_frames(args.frames)
         else:
-            draw_all(asked.root, asked.out)
-    except (BadInput, OSError) as error:
-        print(f"pictures.py: {error}", file=sys.stderr)
-        return 2
-    finally:
-        torch.set_num_threads(threads)
-    return 0
+            draw_all(args.root, args.out, args.only)
+
+    return run_command("experiments.pictures", body)
 
 
 if __name__ == "__main__":

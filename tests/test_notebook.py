@@ -1,9 +1,11 @@
-"""The notebook, its exercises, the student's copy and the page for teachers.
+"""The notebooks, the exercises and their checks, the student's copy and the page for teachers.
 
-One execution, of the student's copy, serves all tests: after each check it also runs wrong answers,
-the solution and other right forms of it.
+One execution, of the student's copy, serves all tests. After each stub it also runs wrong answers,
+the solution and other right forms of it; then every code cell again, in order; then further.ipynb.
+Only the cells that train are shortened.
 """
 import ast
+import builtins
 import copy
 import json
 import re
@@ -18,153 +20,162 @@ import pytest
 import analyze
 import data
 import grok
-from extras import facts, pictures, tables
-from tools import student
+from tools import checks, student
 
 HERE = Path(__file__).resolve().parent.parent
 NOTEBOOK = nbformat.read(HERE / "tutorial.ipynb", as_version=4)
+FURTHER = nbformat.read(HERE / "experiments" / "further.ipynb", as_version=4)
+TEACHING = (HERE / "tools" / "TEACHING.md").read_text(encoding="utf-8")
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 PROSE = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown"]
-TEACHING = (HERE / "extras" / "TEACHING.md").read_text(encoding="utf-8")
+SHORTER = (("steps=1000", "steps=40"), ('"steps": 3000', '"steps": 20'))  # in cells that train
 
 WRONG = {  # exercise: answers that must not pass
-    1: ["loses, gains = 'test_ood_id', 3420",                   # copied from the page
-        "loses, gains = 'test_id_ood', len(full['train_inferred'].h) - 17640",
-        "loses, gains = 'test_ood', 500"],
-    2: ["def three_hops(h, r1, r2, r3):\n    return 7",
-        "def three_hops(h, r1, r2, r3):                         # a hop too few\n"
-        "    return world.facts[world.index[world.facts[world.index[h, r1], 2], r2], 2]"],
-    3: ["enough = 18", "enough = 72", "enough = 74", "enough = 1000"],
-    4: ["shuffled = torch.randint(40, bridges.shape)            # random entities\n"
-        "rates = grok.lens_rates(top, shuffled)\n"
-        "luck_any, luck_one = rates['any'], rates['map'][2][2]",
-        "shuffled = bridges.roll(1)                             # neighbours\n"
-        "rates = grok.lens_rates(top, shuffled)\n"
-        "luck_any, luck_one = rates['any'], rates['map'][2][2]",
-        "rates = grok.lens_rates(top, bridges)\n"
-        "shuffled, luck_any, luck_one = bridges, rates['any'], rates['map'][2][2]",
-        "shuffled = bridges[torch.randperm(len(bridges))]\nluck_any, luck_one = 0.1, 0.03",
-        "luck_any, luck_one = 0.5, 0.5"],
-    5: ["right, fewest = {n: 0.98 for n in range(1, 9)}, 2",
-        "right, fewest = {n: shares[n] for n in shares}, 4",
-        "right, fewest = {1: shares[1]}, 2"],
-    6: ["site = (2, 1)", "site = (5, 2)", "site = [0, 0]", "site = (4, 0)"],
-    7: ["def other_head(clean, pool, rng):                      # the answer may be the same\n"
-        "    c, d = analyze.pairs(clean, pool)\n"
-        "    allowed = (c.r1 == d.r1) & (c.r2 == d.r2) & (c.b != d.b)\n"
-        "    clean, donor = analyze.pick_donors(clean, pool, allowed, rng)\n"
-        "    return clean, donor, donor.t",
+    1: ["my_facts = my_facts[:2]",
+        "my_facts = 'Ada mother Bea'",
+        "my_facts = [(f'e{n}', 'next', f'e{n + 1}') for n in range(8)]  # no other chain there\n"
+        "left_out, n_questions = my_facts[:2], 7",
+        "my_facts = [('Ada', 'mother', 'Bea')] * 8",
+        "my_facts = [(f'e{n}', r, f'e{n + 1}') for n in range(4) for r in 'xy']\n"
+        "left_out, n_questions = my_facts[:2], 12                       # they do not chain",
+        "my_facts = [(f'e{n}', r, f'e{n + 1}') for n in range(4) for r in 'xy']\n"
+        "left_out, n_questions = my_facts[1:3], 13                      # counted wrongly"],
+    2: ["def control(ours, theirs):\n    return ours",
+        "def control(ours, theirs):\n    return torch.zeros_like(theirs)",
+        "def control(ours, theirs):\n    return 0.95 * theirs",
+        "def control(ours, theirs):\n    return theirs.mean(0)",
+        "def control(ours, theirs):\n    return None",
+        "def control(ours, theirs):\n    return ours + 0.01 * analyze.noise(ours)"],
+    3: ["my_guess = 0.5",
+        "my_guess = 'most'",
+        "my_guess, my_trainer = 0.5, grok.Trainer(live_config, live_world, live_splits)"],
+    4: ["right, fewest = {n: 0.98 for n in range(1, 9)}, 2",
+        "right, fewest = {1: 0.04}, 2",
+        "right, fewest = [0.5] * 8, 4"],
+    5: ["moved_site = (2, 1)", "moved_site = (5, 2)", "moved_site = [0, 0]", "moved_site = (4, 0)",
+        "moved_site = (4, 7)", "moved_site = 'r1'"],
+    6: ["def other_head(clean, pool, rng):                      # the answer may be the same\n"
+        "    rows, donors = analyze.draw_donors(clean, pool, lambda c, d: (c.r1 == d.r1)\n"
+        "                                       & (c.r2 == d.r2) & (c.b != d.b), rng)\n"
+        "    return clean.take(rows), pool.take(donors), pool.take(donors).t",
         "def other_head(clean, pool, rng):                      # one pair alone\n"
-        "    c, d = analyze.pairs(clean, pool)\n"
-        "    allowed = (c.r1 == d.r1) & (c.r2 == d.r2) & (c.h != d.h) & (c.t != d.t)\n"
-        "    clean, donor = analyze.pick_donors(clean, pool, allowed, rng)\n"
-        "    return clean.take(slice(1)), donor.take(slice(1)), donor.t[:1]",
+        "    rows, donors = analyze.draw_donors(clean, pool, lambda c, d: (c.r1 == d.r1)\n"
+        "                                   & (c.r2 == d.r2) & (c.b != d.b) & (c.t != d.t), rng)\n"
+        "    donor = pool.take(donors[:1])\n"
+        "    return clean.take(rows[:1]), donor, donor.t",
         "def other_head(clean, pool, rng):                      # the clean answer\n"
-        "    c, d = analyze.pairs(clean, pool)\n"
-        "    allowed = (c.r1 == d.r1) & (c.r2 == d.r2) & (c.h != d.h) & (c.t != d.t)\n"
-        "    clean, donor = analyze.pick_donors(clean, pool, allowed, rng)\n"
-        "    return clean, donor, clean.t"],
-    8: ["def average(values):\n    return torch.zeros_like(values)",
+        "    rows, donors = analyze.draw_donors(clean, pool, lambda c, d: (c.r1 == d.r1)\n"
+        "                                   & (c.r2 == d.r2) & (c.b != d.b) & (c.t != d.t), rng)\n"
+        "    return clean.take(rows), pool.take(donors), clean.take(rows).t",
+        "def other_head(clean, pool, rng):\n    return None"],
+    7: ["def average(values):\n    return torch.zeros_like(values)",
         "def average(values):\n    return torch.randn(values.shape[1])",
         "def average(values):\n    return values.mean()",
         "def average(values):\n    return values.mean(1)"],
-    9: ["def both(loop, part, value):                           # the first patch alone\n"
-        "    if (loop, part) == (1, 'state'):\n        value[:, 0] = theirs[1, 1, :, 0]\n"
+    8: ["def both(loop, part, value):                           # the first patch alone\n"
+        "    if (loop, part) == (1, 'state'):\n"
+        "        value[:, 0] = theirs['state'][1, :, 0]\n"
         "    return value",
         "def both(loop, part, value):                           # the second alone\n"
-        "    if (loop, part) == (2, 'state'):\n        value[:, 1] = ours[2, 1, :, 1]\n"
+        "    if (loop, part) == (2, 'state'):\n"
+        "        value[:, 1] = ours['state'][2, :, 1]\n"
         "    return value",
         "def both(loop, part, value):                           # the whole clean run put back\n"
-        "    return ours[loop, analyze.PARTS.index(part)]"],
-    10: ["def learn(values, bridges, n_entities):\n"
-         "    return torch.randn(n_entities, values.shape[1])",
-         "def learn(values, bridges, n_entities):                # what the lens looks for\n"
-         "    return blind.vectors()[:n_entities]",
-         "def learn(values, bridges, n_entities):                # the same for all\n"
-         "    return values.mean(0).expand(n_entities, -1)",
-         "def learn(values, bridges, n_entities):                # another entity's\n"
-         "    return torch.stack([values[bridges == (b + 1) % n_entities].mean(0)\n"
-         "                        for b in range(n_entities)])"]}
+        "    return ours[part][loop]"],
+    9: ["def learn(values, bridges, n_entities):\n"
+        "    return torch.randn(n_entities, values.shape[1])",
+        "def learn(values, bridges, n_entities):                # the same for all\n"
+        "    return values.mean(0).expand(n_entities, -1)",
+        "def learn(values, bridges, n_entities):                # another entity's\n"
+        "    return torch.stack([values[bridges == (b + 1) % n_entities].mean(0)\n"
+        "                        for b in range(n_entities)])",
+        "def learn(values, bridges, n_entities):\n    return values"]}
 RIGHT = {  # exercise: other forms of a right answer
-    1: ["gains = np.int64(gains)"],
-    2: ["def three_hops(h, r1, r2, r3):\n    t = dict(zip(map(tuple, world.facts[:, :2]), "
-        "world.facts[:, 2]))\n    return torch.tensor(t[t[t[h, r1], r2], r3])"],
-    3: ["enough = np.int64(enough)"],
-    4: ["luck_any, luck_one = round(luck_any, 2), torch.tensor(luck_one)",
-        "shuffled = np.random.default_rng(1).permutation(asked.b).tolist()\n"
-        "rates = grok.lens_rates(top, torch.tensor(shuffled))\n"
-        "luck_any, luck_one = f\"{rates['any']:.2f}\", round(rates['map'][2][2], 2)"],
-    5: ["right = {n: round(share, 2) for n, share in right.items()}",
+    1: ["n_questions = np.int64(n_questions)",
+        "my_facts = [(f'e{n}', r, f'e{n + 1}') for n in range(4) for r in 'xy']\n"
+        "left_out, n_questions = [my_facts[0], list(my_facts[3])], '12'"],
+    2: ["def control(ours, theirs):\n    return analyze.noise(theirs)",
+        "def control(ours, theirs):\n    return -theirs.numpy()",
+        "def control(ours, theirs):\n    return theirs[torch.randperm(len(theirs))]"],
+    3: ["my_guess = '0.4'"],
+    4: ["right = {n: round(share, 2) for n, share in right.items()}",
         "right = {n: torch.tensor([share]) for n, share in right.items()}"],
-    6: ["site = [4, 1]", "site = torch.tensor([4, 1])"],
-    7: ["def other_head(clean, pool, rng):                      # b differs where t does\n"
-        "    c, d = analyze.pairs(clean, pool)\n"
-        "    allowed = (c.r1 == d.r1) & (c.r2 == d.r2) & (c.t != d.t)\n"
-        "    clean, donor = analyze.pick_donors(clean, pool, allowed, rng)\n"
-        "    return clean, donor, donor.t"],
-    8: ["def average(values):\n    return values.mean(0, keepdim=True)",
+    5: ["moved_site = [4, 1]", "moved_site = torch.tensor([4, 1])"],
+    6: ["def other_head(clean, pool, rng):                      # b differs where t does\n"
+        "    rows, donors = analyze.draw_donors(clean, pool, lambda c, d: (c.r1 == d.r1)\n"
+        "                                       & (c.r2 == d.r2) & (c.t != d.t), rng)\n"
+        "    return clean.take(rows), pool.take(donors), torch.tensor(pool.take(donors).t)"],
+    7: ["def average(values):\n    return values.mean(0, keepdim=True)",
         "def average(values):\n    return values.mean(0).expand_as(values)",
         "def average(values):\n    return values.numpy().mean(0)"],
-    9: ["def both(loop, part, value):                           # in place\n"
-        "    if part == 'state' and loop == 1:\n        value[:, 0] = theirs[1, 1, :, 0]\n"
-        "    if part == 'state' and loop == 2:\n        value[:, 1] = ours[2, 1, :, 1]\n"
+    8: ["def both(loop, part, value):                           # in place\n"
+        "    if part == 'state' and loop == 1:\n"
+        "        value[:, 0] = theirs['state'][1, :, 0]\n"
+        "    if part == 'state' and loop == 2:\n"
+        "        value[:, 1] = ours['state'][2, :, 1]\n"
         "    return value"],
-    10: ["def learn(values, bridges, n_entities):                # least squares\n"
-         "    asked = torch.nn.functional.one_hot(bridges, n_entities).float()\n"
-         "    return torch.linalg.lstsq(asked, values).solution",
-         "def learn(values, bridges, n_entities):\n    return np.stack([values.numpy()[bridges.numpy()"
-         " == b].mean(0) for b in range(n_entities)])"]}
+    9: ["def learn(values, bridges, n_entities):                # least squares\n"
+        "    asked = torch.nn.functional.one_hot(bridges, n_entities).float()\n"
+        "    return torch.linalg.lstsq(asked, values).solution",
+        "def learn(values, bridges, n_entities):\n"
+        "    of = bridges.numpy()\n"
+        "    return np.stack([values.numpy()[of == b].mean(0) for b in range(n_entities)])"]}
 
 
+# ---------------------------------------------------------------- the execution
 def tagged(cell, tag):
     return tag in cell.metadata.get("tags", ())
 
 
-def kinds(cell):
-    """What else than printed lines a cell gives: text, picture, table."""
-    found = []
-    for out in cell.outputs:
-        if out.get("name") != "stdout":
-            found.append(sorted(out.get("data", [out.get("name")])))
-    return found
-
-
 def printed(cell):
     """What a cell printed or showed as text, without pictures."""
-    shown = [out.get("text") or out["data"].get("text/markdown", "") for out in cell.outputs
-             if out.get("name") != "stderr"]
-    return "\n".join(line.rstrip() for line in "".join(shown).splitlines())
+    texts = [out.get("text") or out["data"].get("text/plain", "") for out in cell.outputs
+             if out.get("name") != "stderr" and "image/png" not in out.get("data", {})]
+    return "\n".join(line.rstrip() for line in "".join(texts).splitlines())
+
+
+def pictures(cell):
+    """How many pictures a cell drew."""
+    return sum("image/png" in out.get("data", {}) for out in cell.outputs)
 
 
 def apart(text):
     """(text without its numbers, the numbers): another machine may round the last digit apart."""
     number = r"\d+(?:\.\d+)?"
-    return re.sub(number, "#", text), [float(found) for found in re.findall(number, text)]
+    return re.sub(number, "#", text), [float(figure) for figure in re.findall(number, text)]
 
 
-def added(source, check, kind, number):
-    """Cells that run an answer to an exercise and then its check."""
-    cells = [nbformat.v4.new_code_cell(text) for text in (source, check.source)]
+def shorter(cell):
+    """The cell with fewer training steps, if it trains."""
+    for full, short in SHORTER:
+        cell.source = cell.source.replace(full, short)
+    return cell
+
+
+def added(source, kind, number=None):
+    """A code cell that is none of the notebook's: a "wrong" or "right" answer, or "other"."""
+    cell = nbformat.v4.new_code_cell(source)
+    cell.metadata.update(tags=["added"], kind=kind, number=number)
+    return shorter(cell)
+
+
+def with_answers(cells, solutions):
+    """The cells and, after every stub, wrong answers, the solution and other right forms, each with
+    the last line of the stub, which checks it."""
+    result = []
+    number = 0
     for cell in cells:
-        cell.metadata.update(tags=["added"], kind=kind, number=number)
-    return cells
-
-
-def with_answers(copied, solutions):
-    """The student's copy; after every check wrong answers, the solution, other right forms."""
-    cells, number = [], 0
-    for cell in copied.cells:
-        cells.append(copy.deepcopy(cell))
-        if tagged(cell, "check"):
+        result.append(cell)
+        if tagged(cell, "stub"):
             number += 1
+            check = cell.source.splitlines()[-1]
             answers = [("wrong", source) for source in WRONG[number]]
             answers += [("right", source) for source in (solutions[number - 1], *RIGHT[number])]
-            for kind, source in answers:
-                cells += added(source, cell, kind, number)
-    return nbformat.v4.new_notebook(cells=cells, metadata=copied.metadata)
+            result += [added(f"{source}\n{check}", kind, number) for kind, source in answers]
+    return result
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """The folder that tools.student writes."""
     out = tmp_path_factory.mktemp("student")
@@ -172,99 +183,239 @@ def written(tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def executed(written):
-    """Code cells of the student's copy with answers, run once."""
+    """Code cells, run once: {"first": the notebook's, "again": these once more, "answers": those of
+    the exercises, "further": those of further.ipynb}."""
     page = (written / "solutions.md").read_text(encoding="utf-8")
+    solutions = re.findall("```python\n(.*?)\n```", page, re.DOTALL)
     copied = nbformat.read(written / "tutorial_student.ipynb", as_version=4)
-    notebook = with_answers(copied, re.findall("```python\n(.*?)```", page, re.DOTALL))
+    code = [shorter(cell) for cell in copied.cells if cell.cell_type == "code"]
+    further = [copy.deepcopy(cell) for cell in FURTHER.cells if cell.cell_type == "code"]
+    cells = [*with_answers(code, solutions), *copy.deepcopy(code), *further]
+    cells.insert(0, added("from tools import checks\nchecks.MAP_STEPS = 20\ndel checks", "other"))
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=copied.metadata)
+    for number, cell in enumerate(cells):
+        cell.id = f"run-{number}"
     where = {"metadata": {"path": str(HERE)}}
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+    own = [cell for cell in notebook.cells if not tagged(cell, "added")]
+    n = len(code)
+    return {"first": own[:n], "again": own[n:2 * n], "further": own[2 * n:],
+            "answers": [cell for cell in notebook.cells if cell.metadata.get("number")]}
 
 
-# ---------------------------------------------------------------- the execution
+def same_numbers(fresh, committed):
+    """Refuses what was printed unless it is the committed text, but for the last digit."""
+    words, numbers = apart(printed(fresh))
+    committed_words, committed_numbers = apart(printed(committed))
+    assert words == committed_words, fresh.source
+    assert numbers == pytest.approx(committed_numbers, abs=0.011), fresh.source
+    assert pictures(fresh) == pictures(committed), fresh.source
+
+
 def test_the_copy_runs_and_shows_what_is_committed(executed):
-    """No cell fails; every number is the committed one, but for cells that train ("varies")."""
-    fresh = [cell for cell in executed if not tagged(cell, "added")]
-    assert [cell.source for cell in fresh] == [cell.source for cell in CODE]
-    for cell, committed in zip(fresh, CODE):
-        assert kinds(cell) == kinds(committed), cell.source      # pictures where pictures were
-        if not tagged(cell, "varies"):
-            (words, numbers), (other, wanted) = map(apart, (printed(cell), printed(committed)))
-            assert words == other, cell.source
-            assert numbers == pytest.approx(wanted, abs=0.011), cell.source
+    """No cell fails; every number is the committed one, but for the cell that trains."""
+    assert len(executed["first"]) == len(CODE)
+    for fresh, committed in zip(executed["first"], CODE):
+        if not tagged(fresh, "varies"):
+            assert fresh.source == shorter(copy.deepcopy(committed)).source
+            same_numbers(fresh, committed)
+
+
+def test_run_again_every_cell_prints_the_same(executed):
+    """Back at the top, after all of it and the exercises: no part spoils what another one uses."""
+    assert len(executed["again"]) == len(CODE)
+    for first, again in zip(executed["first"], executed["again"]):
+        assert printed(again) == printed(first), again.source
+        assert pictures(again) == pictures(first), again.source
+
+
+def test_the_further_notebook_shows_what_is_committed(executed):
+    code = [cell for cell in FURTHER.cells if cell.cell_type == "code"]
+    for fresh, committed in zip(executed["further"], code, strict=True):
+        same_numbers(fresh, committed)
 
 
 def test_stubs_and_wrong_answers_fail_and_right_ones_pass(executed):
-    checks = [cell for cell in executed if tagged(cell, "check")]
-    assert 8 <= len(checks) == len(WRONG) == len(RIGHT) <= 10
-    for cell in checks:                                          # the stub
+    stubs = [cell for cell in executed["first"] if tagged(cell, "stub")]
+    assert len(stubs) == len(WRONG) == len(RIGHT)
+    for cell in stubs:
         assert printed(cell).startswith("not yet: "), cell.source
-    sources = {cell.source for cell in checks}
-    answers = [pair for pair in zip(executed, executed[1:]) if tagged(pair[1], "added")
-               and tagged(pair[0], "added") and pair[1].source in sources]
-    assert len(answers) == sum(map(len, [*WRONG.values(), *RIGHT.values()])) + len(checks)
-    for answer, check in answers:
-        verdict = printed(check).split("\n")[0]
-        if check.metadata["kind"] == "right":
-            assert verdict == "right", (answer.source, verdict)
-        else:
-            assert verdict.startswith("not yet: "), (answer.source, verdict)
+    n_right = sum(len(answers) + 1 for answers in RIGHT.values())
+    assert len(executed["answers"]) == n_right + sum(map(len, WRONG.values()))
+    for cell in executed["answers"]:
+        wanted = "right: " if cell.metadata["kind"] == "right" else "not yet: "
+        assert printed(cell).startswith(wanted), (cell.source, printed(cell))
 
 
 # ---------------------------------------------------------------- what is committed
 def test_committed_outputs_come_from_one_clean_run():
-    assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
-    for cell in CODE:
-        for out in cell.outputs:
-            assert out.output_type != "error" and out.get("name") != "stderr", cell.source
+    for notebook in (NOTEBOOK, FURTHER):
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+        for cell in code:
+            for out in cell.outputs:
+                assert out.output_type != "error" and out.get("name") != "stderr", cell.source
 
 
 def test_small_and_says_nothing_of_a_machine():
-    text = nbformat.writes(NOTEBOOK)
-    assert len(text.encode("utf-8")) < 3_000_000
-    plain = re.sub('"image/png": "[^"]*"', "", text)
-    assert not re.findall(r"/(?:work|tmp|root|home|Users|content)\b|[A-Z]:\\\\", plain)
-    assert "TODO" not in text and not re.search(r"it/s|\d%\|", plain)  # no progress bar
+    for notebook in (NOTEBOOK, FURTHER):
+        text = nbformat.writes(notebook)
+        assert len(text.encode("utf-8")) < 1_200_000
+        plain = re.sub('"image/png": "[^"]*"', "", text)
+        assert not re.findall(r"/(?:work|tmp|root|home|Users|content)\b|[A-Z]:\\\\", plain)
+        assert "TODO" not in text and not re.search(r"it/s|\d%\|", plain)  # no progress bar
 
 
-def test_live_cells_are_there_and_only_they_vary():
-    varies = [cell.source for cell in CODE if tagged(cell, "varies")]
-    assert len(varies) == 2 and all("train_step" in source for source in varies)
-    assert not any("train_step" in cell.source for cell in CODE if not tagged(cell, "varies"))
+def test_live_training_stands_in_one_cell_and_in_exercise_3():
+    training = [cell for cell in CODE if "train_step" in cell.source]
+    assert len(training) == 1 and tagged(training[0], "varies")
+    assert sum(tagged(cell, "slow") for cell in CODE) == 1
+    for full, _ in SHORTER:
+        assert sum(full in cell.source for cell in NOTEBOOK.cells) == 1, full
 
 
 def test_folded_answers_bring_no_numbers_of_their_own():
-    """Shares come from outputs alone, so that no answer can disagree with a table."""
-    folded = [text for text in PROSE if "<summary><b>Answer" in text]
-    assert len(folded) > 15
-    for text in folded:
-        assert not re.search(r"\d*\.\d", text), text
+    """Shares come from outputs alone, so that no answer can disagree with a cell."""
+    for notebook, least in ((NOTEBOOK, 18), (FURTHER, 2)):
+        text = "\n".join(cell.source for cell in notebook.cells)
+        answers = re.findall(r"<summary><b>Answer</b></summary>(.*?)</details>", text, re.DOTALL)
+        assert len(answers) >= least
+        for folded in answers:
+            assert not re.search(r"\d*\.\d", folded), folded
 
 
-def test_defines_nothing_that_the_modules_have():
-    modules = data, grok, analyze, tables, facts, pictures
-    theirs = {name for module in modules for name in vars(module)}
-    for cell in CODE:
-        tree = ast.parse(cell.source.replace("%matplotlib inline", ""))
-        mine = {node.name for node in ast.walk(tree)
-                if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-        assert not theirs & mine, theirs & mine
+def test_every_part_ends_with_one_recap():
+    parts = re.split(r"^## \d+\. ", "\n".join(PROSE).split("# Exercises")[0], flags=re.M)[1:]
+    assert len(parts) == 10
+    for part in parts:
+        assert part.count("**Recap.**") == 1, part[:60]
+        after = part.split("**Recap.**")[1].strip().split("\n\n")
+        assert len(after) == 1 or after[1].startswith(("This is the end", "# Second")), part[:60]
 
 
 def test_the_fields_words_are_named():
     text = " ".join("\n".join(PROSE).lower().split())
-    for word in ("interchange intervention", "noising", "denoising", "subspace patching",
+    for word in ("interchange intervention", "noising", "denoising", "subspace patching", "probe",
                  "illusion", "mean ablation", "path patching", "logit difference", "argmax"):
         assert word in text, word
 
 
+# ---------------------------------------------------------------- names and modules
+def tree_of(cell):
+    return ast.parse(cell.source)
+
+
+def stored_names(tree):
+    """Names that are bound anywhere in a tree, those of arguments and comprehensions included."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).split(".")[0])
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+    return names
+
+
+def lasting_names(statement):
+    """Names that a statement of a cell leaves behind: of a function its own alone, and none of those
+    inside comprehensions."""
+    if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+        return {statement.name}
+    passing = set()
+    for node in ast.walk(statement):
+        if isinstance(node, ast.comprehension):
+            passing |= stored_names(node.target)
+    return stored_names(statement) - passing - {"_", "figure", "panel", "panels"}
+
+
+def parts_of_notebook():
+    """{heading: trees of its code cells}, "" for the cells before part 1."""
+    parts = {"": []}
+    heading = ""
+    for cell in NOTEBOOK.cells:
+        if cell.cell_type == "markdown":
+            found = re.search(r"^(?:## \d+\. .*|# Exercises)$", cell.source, re.MULTILINE)
+            heading = found.group() if found else heading
+        else:
+            parts.setdefault(heading, []).append(tree_of(cell))
+    return parts
+
+
+def test_no_part_rebinds_the_names_of_another():
+    """A loop's names live no longer than its cell: two parts may share them, if none keeps one."""
+    owner = {}
+    looping = []
+    for heading, trees in parts_of_notebook().items():
+        for statement in [statement for tree in trees for statement in tree.body]:
+            for name in lasting_names(statement):
+                if isinstance(statement, ast.For):
+                    looping.append((name, heading))
+                else:
+                    assert owner.setdefault(name, heading) == heading, (name, heading)
+    for name, heading in looping:
+        assert owner.get(name, heading) == heading, (name, owner[name], heading)
+
+
+def test_the_second_session_and_the_exercises_begin_afresh():
+    """Part 6 and all after it read only what the opening or they themselves made."""
+    parts = parts_of_notebook()
+    opening = set(dir(builtins)).union(*map(stored_names, parts[""]))
+    for heading, trees in parts.items():
+        if heading and not re.match(r"## [1-5]\. ", heading):
+            known = opening.union(*map(stored_names, trees))
+            for node in [node for tree in trees for node in ast.walk(tree)]:
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                    assert node.id in known, (node.id, heading)
+
+
+def test_the_parts_import_the_first_tier_and_the_exercises_the_checks():
+    packages = {"inspect", "json", "pathlib", "matplotlib", "numpy", "torch"}
+    allowed = packages | {"analyze", "data", "grok"}
+    for heading, trees in parts_of_notebook().items():
+        modules = set()
+        for tree in trees:
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Import):
+                    modules |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    modules.add(node.module.split(".")[0])
+        assert modules <= (allowed | {"tools"} if heading == "# Exercises" else allowed), heading
+
+
+def test_defines_nothing_that_the_modules_have_and_keeps_lines_short():
+    theirs = {name for module in (data, grok, analyze) for name in vars(module)}
+    for cell in CODE:
+        mine = {node.name for node in ast.walk(tree_of(cell))
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        assert not theirs & mine, theirs & mine
+        assert max(map(len, cell.source.splitlines())) <= 100, cell.source
+
+
+def test_garbage_is_judged_and_raises_nothing(capsys):
+    garbage = (None, "x", 3.5, [], [[1, 2], [3]], {"a": 1}, float("nan"), object())
+    for thing in garbage:
+        checks.own_facts(thing, thing, thing)
+        checks.map_point(thing, thing)
+        checks.loops(thing, thing)
+        checks.site_moves(thing)
+        for check in (checks.control, checks.other_head, checks.mean_ablation, checks.hidden_code):
+            check(lambda *values: thing)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 * len(garbage)
+    assert all(line.startswith("not yet: ") for line in lines), lines
+
+
 # ---------------------------------------------------------------- the student's copy
-def test_the_copy_holds_neither_outputs_nor_solutions(written):
+def test_the_copy_holds_neither_outputs_nor_answers_nor_solutions(written):
     text = (written / "tutorial_student.ipynb").read_text(encoding="utf-8")
     copied = json.loads(text)
-    assert "Solution" not in text and '"solution"' not in text
+    assert "<details>" not in text and '"solution"' not in text and "<b>Answer" not in text
     page = (written / "solutions.md").read_text(encoding="utf-8")
     solutions = re.findall("```python\n(.*?)```", page, re.DOTALL)
     assert len(solutions) == len(WRONG) == page.count("## Exercise")
@@ -274,8 +425,21 @@ def test_the_copy_holds_neither_outputs_nor_solutions(written):
     for cell in copied["cells"]:
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None
+        else:
+            assert cell["source"].strip()
     stubs = sum("stub" in cell["metadata"].get("tags", ()) for cell in copied["cells"])
     assert stubs == len(WRONG)
+    folded = student.FOLDED.findall("\n".join(PROSE))
+    assert len(folded) > 25
+    for answer in folded:
+        assert answer.strip().removeprefix("```python\n") in page, answer
+
+
+def test_what_is_not_folded_stays_in_the_copy(written):
+    copied = nbformat.read(written / "tutorial_student.ipynb", as_version=4)
+    text = "\n".join(cell.source for cell in copied.cells if cell.cell_type == "markdown")
+    for word in ("**Predict", "**Recap.**", "### Exercise"):
+        assert text.count(word) == "\n".join(PROSE).count(word), word
 
 
 def test_a_file_that_is_no_notebook_is_refused(tmp_path):
@@ -308,8 +472,7 @@ def test_the_student_command_runs_as_a_file_from_anywhere(written, tmp_path):
 
 # ---------------------------------------------------------------- the page for teachers
 def test_teaching_names_the_parts_that_there_are():
-    parts = [re.match(r"## (\d+\. .*)", text) for text in PROSE]
-    parts = [found.group(1) for found in parts if found]
+    parts = re.findall(r"^## (\d+\. .*)$", "\n".join(PROSE), re.MULTILINE)
     assert re.findall(r"\[(\d+\. [^\]]+)\]", TEACHING) == parts
     for number in map(int, re.findall(r"[Pp]art (\d+)", TEACHING)):
         assert 1 <= number <= len(parts)

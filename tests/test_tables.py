@@ -1,5 +1,15 @@
-"""The tables are those of the shipped files; their arithmetic is checked by hand."""
+"""What experiments/tables.py, book.py and verdicts.py promise: `pytest tests/test_tables.py`.
+
+The page is that of the shipped runs; all else is tried on made-up runs, whose numbers are known.
+"""
+import csv
 import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -7,393 +17,554 @@ import pytest
 
 import data
 import grok
-from extras import tables
-from grok import first_step
+from experiments import book as book_module
+from experiments import run_all, tables, verdicts
+from experiments.book import Book, Cell, read_runs
 
-ROOT = Path(__file__).parents[1]
-SHIPPED = ROOT / "runs" / "shipped"
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "runs/shipped"
+EVERY_SPLIT = (*data.SPLITS, "kept_atomic", "new_atomic", "new_old", "old_new", "new_new",
+               "exposed_old", "old_exposed", "old_atomic", "old_inferred")
+
+
+# ---------------------------------------------------------------- made-up runs
+def config_of(options, seed=0, start=None):
+    """The Config of a line of the plan."""
+    given = grok.parse(options)
+    preset = given["preset"] or ("tune" if start else "tiny")
+    values = {**(asdict(start) if start else {}), **grok.PRESETS[preset][2], "preset": preset}
+    values["weights"] = (given["weights"] or "end") if start else ""
+    if given["regime"]:
+        values.update(grok.shares_of_regime(given["regime"]))
+    names = set(asdict(grok.Config()))
+    values.update((name, value) for name, value in given.items()
+                  if name in names and value is not None)
+    return grok.Config(**{**values, "seed": seed})
+
+
+def history_of(config, shares=None, steps=None):
+    """Lines of metrics; shares = {split: share at every evaluation, or a list of one a line}."""
+    steps = steps or sorted({500, 2000, 5000, config.steps} & set(range(config.steps + 1)))
+    history = []
+    for number, step in enumerate(steps):
+        accuracy = {split: 0.25 for split in EVERY_SPLIT}
+        accuracy["train_inferred"] = 1.0
+        for split, share in (shares or {}).items():
+            accuracy[split] = share[number] if isinstance(share, list) else share
+        lens = {split: {"any": 0.125, "any_chance": 0.0625} for split in EVERY_SPLIT}
+        history.append({"step": step, "seconds": 60.0, "accuracy": accuracy, "lens": lens})
+    return history
+
+
+def inside_of(**given):
+    """What inside.json holds, with these numbers for every split and at the fit and the end."""
+    number = dict(as_is=0.5, nearest_right=0.75, own_code=0.875, snapped=0.625, random_code=0.0625,
+                  mean=0.03125, n=500, donor=0.9375, code=0.8125, noise=0.0, n_swapped=200,
+                  others_swapped=0.96875, seen=0.125, chance=0.0625, entity=0.375)
+    number.update(given)
+    swaps = {name: number[name] for name in ("donor", "code", "noise", "others_swapped")}
+    aim = {name: number[name] for name in ("as_is", "nearest_right", "own_code", "snapped",
+                                           "random_code", "mean", "n")}
+    place = {"best": number["entity"], "best_chance": 0.03125}
+    lens = {"bridge": place, "entity": place}
+    split = {"seen": {"n": 490, "mixed": lens, "state": lens,
+                      "paper": {"any": number["seen"], "any_chance": number["chance"]}},
+             "present": {"n": 490, "mixed": {"best": 0.5}, "state": {"best": 0.5}}}
+    swaps.update(n=number["n_swapped"], same_bridge=1.0, n_same_bridge=100, mixed_donors=None,
+                 n_mixed_donors=0)
+    stage = {"test_id": split, "test_ood": split,
+             "site": {"where": "one site", "name": "mixed, loop 3, r2", "sites": [[2, "mixed", 2]],
+                      "test_id": swaps, "test_ood": swaps},
+             "aim": {name: aim for name in EVERY_SPLIT}}
+    return {"fit": stage, "end": stage}
+
+
+def write_run(root, name, config=None, shares=None, inside=None, film=None, steps=None):
+    """A run folder of metrics and measurements; returns its Config."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    seed = int(re.search("[0-9]*$", name).group() or 0)
+    config = replace(config or config_of(["--preset", "small"]), seed=seed)
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    lines = [json.dumps(line) + "\n" for line in history_of(config, shares, steps)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    for file, content in (("inside.json", inside), ("film.json", film)):
+        if content is not None:
+            (folder / file).write_text(json.dumps(content))
+    return config
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without the draws of the paper's world, which take a second."""
+    def cells():
+        return {("paper", "code"): Cell([0.5, 0.625]), ("paper", "text"): Cell([0.03125])}
+
+    monkeypatch.setattr(book_module, "r2_alone_cells", cells)
+
+
+@pytest.fixture
+def write(quick, tmp_path):
+    """(a function that writes a run, a function that reads the Book of what was written)."""
+    root = tmp_path / "root"
+
+    def write_one(name, **options):
+        return write_run(root, name, **options)
+
+    def read_book():
+        return Book(read_runs(root))
+
+    return write_one, read_book
+
+
+# ---------------------------------------------------------------- the page
+def test_page_and_tables_are_what_the_shipped_runs_give():
+    assert tables.main(["--check"]) == 0
 
 
 @pytest.fixture(scope="module")
-def groups():
-    return tables.read_groups(SHIPPED)
+def whole(tmp_path_factory):
+    """A folder with a run of every seed of every line of the plan, its files and its Book."""
+    root = tmp_path_factory.mktemp("whole")
+    configs = {}
+    frame = {"nearest_right": 0.75, "own_code": 0.75, "as_is": 0.25}
+    film = [{"step": 2000, "fitted": 1.0, "test_id": frame, "test_ood": frame}]
+    inside = {**inside_of(), "r2_alone": {split: 0.125 for split in EVERY_SPLIT}}
+    for name, line in run_all.read_plan(run_all.HERE / "plan.txt").items():
+        configs[name] = config_of(line.options, start=configs.get(line.start))
+        for seed in range(line.n_seeds):
+            write_run(root, f"{name}/seed{seed}", config=configs[name], inside=inside, film=film)
+    return root, *tables.all_files(root)
 
 
-def test_the_page_of_runs_is_written_from_the_shipped_files():
-    expected = "\n".join(tables.page(SHIPPED)) + "\n"
-    assert (SHIPPED / "README.md").read_text(encoding="utf-8") == expected
+def test_with_every_run_of_the_plan_no_place_of_the_page_is_empty(whole, capsys):
+    _, files, book = whole
+    page = files["README.md"].decode()
+    for lacking in ("no run yet", "not measured", "open |", "{", "}", "@", "| = |", "Left out"):
+        assert lacking not in page, lacking
+    words = [word for word in page.split() if re.search("[A-Za-z]", word)]
+    assert len(words) <= 4000
+    tables.name_the_rest(book)
+    assert capsys.readouterr().err == ""  # every group of the plan is in a table
 
 
-def test_the_verdicts_of_the_readme_are_those_of_the_shipped_files(groups):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for line in [*tables.short_verdicts(groups), *tables.worth_lines(groups)]:
-        assert line in readme
+def test_a_reader_meets_no_table_of_over_five_columns_or_eight_rows(whole):
+    n_rows = 0
+    for line in whole[1]["README.md"].decode().splitlines():
+        n_rows = n_rows + 1 if line.startswith("|") else 0
+        assert n_rows <= 10 and (n_rows == 0 or len(tables.cells_of(line)) <= 5), line
 
 
-def test_grokking_folds_ood_facts_in_and_supervision_does_it_by_the_fit(groups):
-    head, *rows = tables.swaps(tables.choose(groups, "small/"))
-    shares = {}
-    for name, stage, split, *cells in rows:
-        shares[name, stage, split] = [float(cell.split()[0]) for cell in cells[2:]]
-    assert len(shares) == 20
-    facts, donor_id, donor_ood, code_id, code_ood = shares["small/natural", "before", "ID"]
-    assert facts > 100 and min(donor_id, code_id) > 0.85 > 0.15 > max(donor_ood, code_ood)
-    facts, donor_id, donor_ood, code_id, code_ood = shares["small/natural", "grokked", "ID"]
-    assert facts > 100 and min(donor_id, code_id) > 0.95 > min(donor_ood, code_ood) > 0.7
-    assert shares["small/natural", "before", "OOD"][0] < 10     # too few to say anything
-    for name in ("both_full", "second_full"):           # hop 2 supervised: ID and OOD alike
-        for stage in grok.WEIGHTS:
-            facts, donor_id, donor_ood, code_id, code_ood = shares[f"small/{name}", stage, "ID"]
-            assert abs(donor_id - donor_ood) < 0.05 and abs(code_id - code_ood) < 0.05, name
+def test_what_the_page_links_to_is_there(whole):
+    files = whole[1]
+    page = files["README.md"].decode()
+    anchors = {re.sub("[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+               for line in page.splitlines() if line.startswith("#")}
+    for target in re.findall(r"\]\(([^)]*)\)", page):
+        if target.startswith("#"):
+            assert target[1:] in anchors
+        elif target.startswith("tables/"):
+            assert target in files
+        elif target.startswith("../../figures/"):
+            assert target.endswith(".png")
+        else:
+            assert target == "tables" or (SHIPPED / target).exists(), target
 
 
-def test_a_probe_reads_the_papers_order_where_the_lens_sees_nothing(groups):
-    runs = [run for run in groups["small/natural"] if (run.folder / "frames.npz").exists()]
-    assert len(runs) == 3
-    for run in runs:
-        frames = tables.read_frames(run.folder / "frames.npz")
-        assert list(frames["step"]) == [line["step"] for line in run.history]
-        fit = first_step(run.history, 0.99, "train_inferred")
-        half = tables.first_frame(frames, "probe", 0.5)
-        assert fit < half < first_step(run.history, 0.25, "test_ood")
-        assert tables.last(tables.until(run, half), "test_ood") < 0.1
-        assert frames["bridge"].max() < 0.2
-        one, two = (first_step(run.history, 0.5, split) for split in ("test_ood_id", "test_id_ood"))
-        assert one < two, run.folder                    # hop 1 is folded in before hop 2
+def test_no_number_of_ours_stands_in_the_words_of_the_page():
+    """Shares in the words are thresholds or settings; all others come from a place."""
+    template = re.sub(r"\{[^}]*\}", "", (tables.HERE / "page.md").read_text(encoding="utf-8"))
+    prose = [line for line in template.splitlines() if not line.startswith(("|", "!"))]
+    shares = set(re.findall(r"(?<![\w.])\.\d+", "\n".join(prose)))
+    assert shares <= {".1", ".21", ".8", ".9", ".95", ".99"}
 
 
-def test_what_r2_alone_gives_is_counted_by_hand_and_said_in_the_readme(groups):
-    run = groups["tune/small_natural_grokked"][0]
-    world, splits = grok.build_data(run.about, run.folder)
-    trained, asked = splits["train_inferred"], splits["new_old"]
-    answers, right = {}, 0
-    for r2, t in zip(trained.r2.tolist(), trained.t.tolist()):
-        answers.setdefault(r2, []).append(t)
-    for r2, t in zip(asked.r2.tolist(), asked.t.tolist()):
-        seen = answers.get(r2, [0])
-        right += t == max(sorted(set(seen)), key=seen.count)
-    assert tables.by_r2(run)[0] == f"{right / len(asked.t):.2f}"
-    head, *rows = tables.r2_alone(groups)
-    paper = next(row for row in rows if row[:2] == ["paper", "220, with all compositions"])
-    said = tables.narrow(paper[2:3]).strip("| ")[:-1]
-    assert f"that gives {said}, five draws) of new + old" in (
-        " ".join((ROOT / "README.md").read_text(encoding="utf-8").split()))
-    text = next(row for row in rows if row[:2] == ["paper", "8,000"])
-    assert float(text[2].split()[0]) < 0.05 and float(paper[3].split()[0]) < 0.05
+def test_lines_between_when_and_end_stand_only_with_that_verdict(write):
+    write_one, read_book = write
+    write_one("small/natural/seed0")
+    book = read_book()
+    book.verdicts = {"fake small": "partly"}
+    template = "a\n{when fake small holds partly}\nb\n{end}\n{when fake small differs}\nc\n{end}\nd"
+    assert tables.fill(template, book) == "a\nb\nd\n"
 
 
-def test_tables_of_own_runs_leave_out_what_compares_others(tmp_path, capsys):
-    """Those that compare runs which are not there say so; the others are made."""
-    folder = tmp_path / "mine/natural/seed0"
-    folder.mkdir(parents=True)
-    for name in ("config.json", "metrics.jsonl"):
-        (folder / name).write_bytes((SHIPPED / "tiny/natural/seed0" / name).read_bytes())
-    (tmp_path / "mine").rename(tmp_path / "tiny")
-    assert tables.main([str(tmp_path)]) == 0
+def test_rows_without_a_run_are_left_out_by_name(write):
+    write_one, read_book = write
+    write_one("small/natural/seed0", shares={"test_ood": 0.375})
+    lines = ["| run | answered |", "| --- | --- |", "| = | training @1 test_ood |",
+             "| ours | @ small/natural |", "| theirs | @ trm/natural |", "", "after"]
+    filled = tables.fill("\n".join(lines), read_book())
+    assert "| ours | .38 |" in filled and "| theirs" not in filled
+    assert "*Left out, as there is no run yet: theirs.*" in filled and filled.endswith("after\n")
+    filled = tables.fill("\n".join([*lines[:3], *lines[4:]]), read_book())
+    assert "| run" not in filled and "No run of this table is there yet" in filled
+
+
+@pytest.mark.parametrize("place", ["{value:training small/natural}", "{verdict:nothing}",
+                                   "{value:nowhere small/natural fit}", "{numbers}"])
+def test_a_place_that_does_not_exist_is_refused_by_name(write, place):
+    write_one, read_book = write
+    write_one("small/natural/seed0")
+    with pytest.raises(data.BadInput, match="page.md: .*is no"):
+        tables.fill(place, read_book())
+
+
+# ---------------------------------------------------------------- reading runs
+def test_an_unfinished_run_is_left_out_by_name_and_never_averaged(write, tmp_path, capsys):
+    write_one, read_book = write
+    for seed, share in enumerate((0.25, 0.5, 1.0)):
+        write_one(f"small/natural/seed{seed}", shares={"test_ood": share}, steps=[1000, 3000])
+    metrics = tmp_path / "root/small/natural/seed2/metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines()[0] + "\n")
+    write_one("deep/er/still/seed0")
+    (tmp_path / "root/deep/er/still/seed0/metrics.jsonl").unlink()
+    book = read_book()
+    assert book["training"]["small/natural", "test_ood"].values == [0.25, 0.5]
+    assert tables.main(["--root", str(tmp_path / "root")]) == 0
+    error = capsys.readouterr().err
+    page = (tmp_path / "root/README.md").read_text()
+    for said in (error, page):
+        assert "deep/er/still/seed0: is not finished (step 0 of 3000); small" in said
+        assert "is not finished (step 1000 of 3000)" in said and str(tmp_path) not in said
+    assert len(error.splitlines()) == 1
+
+
+def test_groups_are_named_by_their_folder_at_any_depth(write):
+    write_one, read_book = write
+    for name in ("small/natural/seed0", "a/b/c/seed1", "mine", "old/run_of_may"):
+        write_one(name)
+    assert set(read_book().runs.groups) == {"small/natural", "a/b/c", "mine", "old/run_of_may"}
+
+
+def test_groups_in_no_table_are_named_in_one_line(write, tmp_path, capsys):
+    write_one, _ = write
+    write_one("small/natural/seed0")
+    write_one("else/where/seed0")
+    write_one("map/hop1_0_hop2_0/seed0")
+    assert tables.main(["--root", str(tmp_path / "root"), "-o", str(tmp_path / "out")]) == 0
+    error = capsys.readouterr().err.splitlines()
+    assert error == ["experiments.tables: in no table of the page: else/where"]
+
+
+def test_runs_that_do_not_belong_together_are_not_averaged(write, tmp_path):
+    write_one, read_book = write
+    config = write_one("small/natural/seed0", shares={"test_ood": 0.5})
+    write_one("small/natural/seed1", config=replace(config, lr=0.5))
+    on_gpu = replace(config, device="cuda")
+    write_one("small/natural/seed2", config=on_gpu, shares={"test_ood": 1.0})
+    write_one("small/natural/seed00")
+    write_one("small/natural/seed3")
+    (tmp_path / "root/small/natural/seed3/inside.json").write_text("[1]")
+    book = read_book()
+    assert book["training"]["small/natural", "test_ood"].values == [0.5, 1.0]
+    reasons = " ".join(book.runs.left_out)
+    assert "seed1: lr = 0.5, but small/natural/seed0 has 0.004" in reasons
+    assert "seed00: has the seed of small/natural/seed0" in reasons
+    assert "seed3/inside.json: " in reasons
+
+
+def test_what_was_not_measured_is_never_zero(write):
+    write_one, read_book = write
+    write_one("small/natural/seed0", inside=inside_of(donor=None, n_swapped=0))
+    write_one("small/natural/seed1")
+    write_one("small/both_full/seed0")
+    book = read_book()
+    where = "small/natural end test_ood"
+    assert book.say(f"swaps {where} donor") == "*not measured* (0 queries)"
+    assert book.say(f"aim_and_store {where} own_code") == ".88 (1 not measured)"
+    assert book.say("swaps small/both_full end test_ood donor") == "*not measured*"
+    assert book.say("swaps trm/both_full end test_ood donor") == "*no run yet*"
+    assert book.say("film small/natural aim_.5") == "*not measured*"
+    assert book.verdicts["fake small"] == book.verdicts["folds small"] == "open"
+    text = tables.csv_of_cells(book, "swaps").decode()
+    assert "small/both_full" not in text and ",donor" not in text
+
+
+def test_an_empty_folder_and_none_are_refused(tmp_path, capsys):
+    assert tables.main(["--root", str(tmp_path)]) == 2
+    assert tables.main(["--root", str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert "holds no run" in error[0] and "is no folder" in error[1] and len(error) == 2
+
+
+# ---------------------------------------------------------------- cells
+@pytest.mark.parametrize("cell, text", [
+    (Cell([0.5, 0.25, 0.75]), ".50 (.25 to .75)"),
+    (Cell([1.0, 1.0]), "1.00"),
+    (Cell([0.5]), ".50"),
+    (Cell([-0.125]), "-.12"),
+    (Cell([0.5, None]), ".50 (1 not measured)"),
+    (Cell([0.5, 0.25], n=30), ".38 (.25 to .50), n = 30"),
+    (Cell([0.5, 0.25], n=100), ".38 (.25 to .50)"),
+    (Cell([1000, 3000, None], "steps"), "2,000 (1,000 to 3,000; 1 never)"),
+    (Cell([None, None], "steps"), "never"),
+    (Cell([2.0, 4.0], "ratio"), "3.0 (2.0 to 4.0)"),
+    (Cell([4939], "count"), "4,939"),
+    (Cell(["106k"], "text"), "106k"),
+    (Cell([]), "*no run yet*")])
+def test_a_cell_says_mean_least_and_most_and_what_is_lacking(cell, text):
+    assert cell.text() == text
+
+
+def test_a_csv_has_a_line_a_cell_with_all_its_numbers(write, tmp_path):
+    write_one, _ = write
+    for seed, share in enumerate((0.25, 0.5, 0.75)):
+        write_one(f"small/natural/seed{seed}", inside=inside_of(own_code=share))
+    assert tables.main(["--root", str(tmp_path / "root")]) == 0
+    with open(tmp_path / "root/tables/aim_and_store.csv", newline="") as file:
+        rows = {tuple(row[name] for name in ("runs", "weights", "questions", "measure")): row
+                for row in csv.DictReader(file)}
+    row = rows["small/natural", "end", "test_ood_id", "own_code"]
+    assert [row[name] for name in book_module.FIELDS] == [
+        "0.5", "0.25", "0.75", "1500", "0.0625", "3", "0"]
+    assert rows["small/natural", "fit", "test_ood", "nearest_right"]["chance"] == "0.025"
+    with open(tmp_path / "root/tables/runs.csv", newline="") as file:
+        runs = list(csv.DictReader(file))
+    assert [run["own_code"] for run in runs] == ["0.25", "0.5", "0.75"]
+    assert runs[0]["run"] == "small/natural/seed0" and runs[0]["site"] == "mixed, loop 3, r2"
+
+
+def test_milestones_are_those_of_the_histories(write):
+    write_one, read_book = write
+    curve = {"train_inferred": [0.5, 0.99, 1.0], "test_ood": [0.0, 0.5, 0.95]}
+    write_one("small/natural/seed0", shares=curve, steps=[1000, 2000, 3000])
+    cells = read_book()["training"]
+    steps = {name: cells["small/natural", name].values for name in
+             ("fit", "answer_.5", "answer_.9", "answer_.95", "lens_.5", "ratio_.9")}
+    assert steps == {"fit": [2000], "answer_.5": [2000], "answer_.9": [3000],
+                     "answer_.95": [3000], "lens_.5": [None], "ratio_.9": [1.5]}
+
+
+def test_extra_compositions_are_those_of_the_data(write):
+    write_one, read_book = write
+    for regime in ("natural", "both_full"):
+        config = config_of(["--preset", "small", "--regime", regime])
+        write_one(f"small/{regime}/seed0", config=config)
+    cells = read_book()["compositions"]
+    splits = data.make_splits(data.make_world(config), config)
+    assert cells["small/natural", "extra"].values == [0]
+    assert cells["small/both_full", "all"].values == [len(splits["train_inferred"].h)]
+    assert cells["small/both_full", "extra"].mean == cells["small/both_full", "all"].mean - 17640
+
+
+def test_r2_alone_in_a_small_world_is_counted_by_hand():
+    config = grok.Config(**{**grok.PRESETS["smoke"][2], "new_facts": 12})
+    world = data.change_facts(data.make_world(config), config, np.random.default_rng(1))
+    share = book_module.r2_alone_of_kept(world, 4, 20, 1, np.random.default_rng(2))
+    rng = np.random.default_rng(2)
+    old = np.flatnonzero(~world.is_new)
+    kept = set(rng.permutation(old)[:20].tolist())
+    pairs = [(one, two) for one, two in product(range(len(world.facts)), repeat=2)
+             if world.facts[one, 2] == world.facts[two, 0]]
+    both_old = [pair for pair in pairs if not world.is_new[list(pair)].any()]
+    trained = [both_old[row] for row in rng.permutation(len(both_old))[:4 * len(old)]]
+    answers = {}
+    for one, two in trained:
+        if one in kept or two in kept:
+            answers.setdefault(world.facts[two, 1], []).append(world.facts[two, 2])
+    right = []
+    for one, two in pairs:
+        if world.is_new[one] and two in kept:
+            given = answers.get(world.facts[two, 1], [0])
+            right.append(world.facts[two, 2] == max(sorted(set(given)), key=given.count))
+    assert len(right) > 5 and share == pytest.approx(np.mean(right))
+
+
+@pytest.mark.parametrize("shares, donors, kind", [
+    ({"train_inferred": 0.5}, (1, 1), "does not fit"),
+    ({"test_id": 0.25, "test_ood": 0.0}, (None, None), "memorises"),
+    ({"test_id": 0.75, "test_ood": 0.25}, (0.5, None), "a circuit for ID facts"),
+    ({"test_id": 0.75, "test_ood": 0.5}, (0.75, 0.5), "a circuit for all facts"),
+    ({"test_id": 0.75, "test_ood": 0.25}, (0.25, None), "between these")])
+def test_plain_data_are_classified_by_a_swap(write, shares, donors, kind):
+    write_one, read_book = write
+    inside = json.loads(json.dumps(inside_of()))  # without parts that are one object
+    for split, donor in zip(("test_id", "test_ood"), donors):
+        inside["end"]["site"][split]["donor"] = donor
+    config = config_of(["--preset", "small", "--phi", "9", "--ood-fraction", ".06"])
+    write_one("data/phi_9_ood_0.06/seed0", config=config, shares=shares, inside=inside)
+    answered = Cell([shares.get("test_ood", 0.25)]).text()
+    assert read_book().say("data 9 0.06") == f"{kind} ({answered})"
+
+
+def test_the_exceptions_are_those_that_answer_half_and_are_not_redirected(write):
+    write_one, read_book = write
+    numbers = [(0.5, 0.75), (0.5, 0.8), (0.25, 0.0), (0.75, None)]
+    for seed, (answer, donor) in enumerate(numbers):
+        write_one(f"small/natural/seed{seed}", inside=inside_of(as_is=answer, donor=donor))
+    book = read_book()
+    names = [row["run"][-5:] for row in book_module.exceptions(book.rows)]
+    assert names == ["seed0", "seed3"]
+    counts = [book.say(f"counts {name}") for name in ("opened", "half", "used", "unseen")]
+    assert counts == ["4", "3", "1", "3"]
+    assert "| `small/natural/seed0` | .50 | .75 | .81 |" in tables.exceptions_table(book)
+
+
+# ---------------------------------------------------------------- verdicts
+class Stub:
+    """A book of the cells that are given as {"TABLE KEY ...": list of values}."""
+
+    def __init__(self, cells):
+        self.cells = {"paper natural test_ood": [".68"], "paper second_full seen": [".65"], **cells}
+
+    def need(self, words):
+        if words not in self.cells:
+            raise verdicts.Missing(words)
+        given = self.cells[words]
+        return given if isinstance(given, Cell) else Cell(given)
+
+
+def cells_of_folds(answer, donor, n=300):
+    return {"swaps small/natural end test_ood donor": Cell([donor], n=n),
+            "aim_and_store small/natural end test_ood as_is": [answer]}
+
+
+def cells_of_fake(answer, seen, donor):
+    where = "small/second_full end test_ood"
+    return {f"aim_and_store {where} as_is": [answer], f"seen {where} paper": [seen],
+            f"swaps {where} donor": [donor]}
+
+
+def cells_of_stages(lens, film):
+    cells = {f"training long/natural {name}": Cell(values, "steps")
+             for name, values in zip(("fit", "lens_.5", "answer_.5"), lens)}
+    for name, values in zip(("fit", "aim_.5", "answer_.5"), film):
+        cells[f"film small/natural {name}"] = Cell(values, "steps")
+    return cells
+
+
+def cells_of_new_facts(early, late, guesses=(0.25,)):
+    cells = {"new_facts tune/long_natural_end r2_alone new_old": list(guesses)}
+    for where, pair in (("small_natural_end 500", early), ("long_natural_end end", late)):
+        for split, share in zip(("new_old", "old_new"), pair):
+            cells[f"new_facts tune/{where} {split}"] = share if isinstance(share, list) else [share]
+    return cells
+
+
+NEVER_SEEN = ([100], [None], [300])
+CASES = [
+    ("sooner", {"training small/both_full answer_.9": [100, 200],
+                "training long/natural answer_.9": Cell([None, 300], "steps")}, "holds"),
+    ("sooner", {"training small/both_full answer_.9": [100, 200],
+                "training long/natural answer_.9": Cell([None, 200], "steps")}, "differs"),
+    ("sooner", {"training small/both_full answer_.9": Cell([100, None], "steps"),
+                "training long/natural answer_.9": Cell([None], "steps")}, "differs"),
+    ("sooner", {}, "open"),
+    ("stages", cells_of_stages(([100], [200], [300]), ()), "holds"),
+    ("stages", cells_of_stages(([100], [200], [None]), ()), "holds"),
+    ("stages", cells_of_stages(NEVER_SEEN, ([100], [200], [None])), "partly"),
+    ("stages", cells_of_stages(NEVER_SEEN, ([100, 100], [200, 100], [300, 300])), "differs"),
+    ("stages", cells_of_stages(NEVER_SEEN, ([100], [300], [300])), "differs"),
+    ("stages", cells_of_stages(NEVER_SEEN, ()), "open"),
+    ("folds", cells_of_folds(0.7, 0.8), "holds"),
+    ("folds", cells_of_folds(0.6, 0.8), "partly"),
+    ("folds", cells_of_folds(0.7, 0.7), "differs"),
+    ("folds", cells_of_folds(0.7, 0.8, n=19), "open"),
+    ("fake", cells_of_fake(0.9, 0.1, 0.9), "differs"),
+    ("fake", cells_of_fake(0.9, 0.1, 0.4), "holds"),
+    ("fake", cells_of_fake(0.9, 0.7, 0.4), "partly"),
+    ("fake", cells_of_fake(0.9, 0.1, 0.6), "partly"),
+    ("fake", cells_of_fake(0.4, 0.1, 0.9), "open"),
+    ("before", {"training small/both_full answer_.5": [100, 100],
+                "training small/both_full lens_.5": Cell([200, None], "steps")}, "holds"),
+    ("before", {"training small/both_full answer_.5": [100, 100],
+                "training small/both_full lens_.5": Cell([200, 100], "steps")}, "partly"),
+    ("before", {"training small/both_full answer_.5": Cell([None], "steps"),
+                "training small/both_full lens_.5": Cell([200], "steps")}, "differs"),
+    ("new_facts", cells_of_new_facts((0.5, 0.25), (0.5, 0.25)), "holds"),
+    ("new_facts", cells_of_new_facts((0.25, 0.5), (0.5, 0.25)), "partly"),
+    ("new_facts", cells_of_new_facts((0.25, 0.5), (0.5, 0.45)), "differs"),
+    ("r2_alone", cells_of_new_facts((0.5, 0), ([0.5, 0.4], 0)), "holds"),
+    ("r2_alone", cells_of_new_facts((0.5, 0), ([0.75, 0.3], 0)), "partly"),
+    ("r2_alone", cells_of_new_facts((0.5, 0), ([0.3, 0.3], 0)), "differs"),
+    ("ordinary", {"training tiny/own_blocks_last_loop test_ood": [0.1],
+                  "training tiny/own_blocks test_ood": [0.9]}, "partly"),
+    ("ordinary", {"training tiny/own_blocks_last_loop test_ood": [0.1],
+                  "training tiny/own_blocks test_ood": [0.1]}, "holds"),
+]
+
+
+@pytest.mark.parametrize("name, cells, word", CASES)
+def test_a_verdict_follows_its_rule(name, cells, word):
+    try:
+        judged = verdicts.JUDGES[name](Stub(cells), "small")
+    except verdicts.Missing:
+        judged = "open"
+    assert judged == word
+
+
+def test_a_verdict_names_both_models_where_they_differ():
+    assert verdicts.combine("holds", "holds") == "holds"
+    assert verdicts.combine("partly", None) == "partly"
+    assert verdicts.combine("holds", "open") == "holds in `small`, open in `trm`"
+
+
+def test_predictions_of_the_map_are_judged_by_their_number():
+    cells = {}
+    for hop1, hop2 in product(verdicts.SHARES, verdicts.SHARES):
+        place = f"map {hop1:g} {hop2:g}"
+        cells[f"{place} answer"] = [0.95 if hop2 == 1 or min(hop1, hop2) >= 0.75 else 0.0]
+        cells[f"{place} aim"] = [hop1 + (0.25 * hop2 if hop1 == 0.5 else 0)]
+        cells[f"{place} store"] = [hop2]
+    book = Stub(cells)
+    outcomes = {name: verdicts.PREDICTIONS[name][0](book)[0] for name in
+                ("map_aim", "map_store", "map_product", "map_nine")}
+    assert outcomes == pytest.approx({"map_aim": 0.25, "map_store": 0, "map_product": 0,
+                                      "map_nine": 0})
+    outcomes, words = verdicts.judge_all(book)
+    assert [words[name] for name in ("map_aim", "map_store", "map_product", "map_nine")] == [
+        "fails", "holds", "holds", "holds"]
+    assert words["exposed_skill"] == words["fake"] == "open"
+
+
+def test_the_fewest_extra_compositions_for_nine_answers_in_ten():
+    cells = {}
+    for number, (hop1, hop2) in enumerate(product(("0", "0.25", "0.5", "0.75", "1"), repeat=2)):
+        cells[hop1, hop2, "trained_answer"] = Cell([0.95 if hop2 == "1" else 0.5])
+        cells[hop1, hop2, "extra"] = Cell([100 * number], "count")
+    needed = book_module.needed_cells(cells)
+    assert needed["hop2", "place"].values == ["0, 1"] and needed["any", "extra"].values == [400]
+    assert needed["alike", "extra"].values == [2400]
+    assert needed["hop1", "place"].values == ["none"] and needed["hop1", "extra"].text() == "never"
+    del cells["0", "0.5", "trained_answer"]
+    assert ("hop1", "extra") in book_module.needed_cells(cells)
+    assert ("hop2", "extra") not in book_module.needed_cells(cells)
+
+
+# ---------------------------------------------------------------- the command
+def test_check_names_what_is_out_of_date(write, tmp_path, capsys):
+    write_one, _ = write
+    write_one("small/natural/seed0")
+    root = tmp_path / "root"
+    assert tables.main(["--root", str(root)]) == 0
+    assert tables.main(["--root", str(root), "--check"]) == 0
+    (root / "tables/map.csv").write_text("changed")
+    (root / "tables/older.csv").write_text("")
+    write_one("small/natural/seed1")
+    before = (root / "README.md").read_bytes()
+    capsys.readouterr()
+    assert tables.main(["--root", str(root), "--check"]) == 2
+    error = capsys.readouterr().err
+    for name in ("tables/map.csv", "tables/older.csv", "tables/training.csv"):
+        assert name in error
+    assert (root / "README.md").read_bytes() == before
+
+
+def test_the_verdicts_alone_are_printed_as_markdown(write, tmp_path, capsys):
+    write_one, _ = write
+    write_one("small/natural/seed0")
+    root = tmp_path / "root"
+    assert tables.main(["--root", str(root), "--verdicts"]) == 0
     said = capsys.readouterr().out
-    assert "no 'small/natural': Verdicts." in said and "| tiny/natural | 1 | 7000 |" in said
+    assert said.startswith("| claim |") and len(said.splitlines()) == 10
+    assert not (root / "README.md").exists()
+    assert tables.main(["--root", str(root)]) == 0
+    assert said in (root / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_shows_what_the_shipped_run_printed(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    grok.print_result(Path("runs/shipped/tiny/natural/seed0"))
-    assert capsys.readouterr().out in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_what_the_readme_says_of_the_forms_holds_in_every_regime(groups):
-    """Grokked: in seeds 0 and 1 the bridge is the first entity, in seed 2 not; used in all."""
-    for name, runs in tables.choose(groups, "small/").items():
-        for run in runs:
-            found = run.paths["grokked"]["test_id"]
-            first = run.about["model"]["seed"] in (0, 1)
-            assert (tables.entity_seen(found) >= 0.95) == first, (name, run.folder)
-            assert tables.map_at(found, "code").max() >= 0.9
-            assert tables.last(run, "test_ood", "best") < 0.55
-    before = [run.paths["before"]["test_id"] for name in ("both_full", "second_full")
-              for run in groups[f"small/{name}"] + groups[f"classes/{name}"] if run.paths]
-    assert all(tables.map_at(found, "code").max() >= 0.5 for found in before)
-
-
-def test_the_seed_decides_the_form_but_for_two_runs_of_seed_4(groups):
-    head, *rows = tables.classes(groups)
-    assert [row[0] for row in rows] == ["both_full", "both_half", "first_full", "second_full",
-                                        "natural", "other_world", "smaller_steps"]
-    usual = ["entity", "entity", "code", "entity", "entity", "code", "code", "entity"]
-    odd = {}
-    for name, *words in rows:
-        odd.update(((name, i), words[i]) for i in range(8) if words[i] not in ("", usual[i]))
-    assert odd == {("both_half", 4): "code", ("first_full", 4): "code, then entity",
-                   ("natural", 6): "code, then neither"}
-
-
-def test_every_run_of_the_classes_goes_half_as_long_after_the_fit_and_is_opened_twice(groups):
-    opened = 0
-    for regime in ("both_full", "both_half", "first_full", "second_full", "natural"):
-        for run in tables.runs_of(groups, regime):
-            fit = first_step(run.history, 0.99, "train_inferred")
-            assert run.history[-1]["step"] >= 1.5 * fit, run.folder
-            assert list(run.paths) == ["before", "grokked"], run.folder
-            opened += 1
-    assert opened == 40
-
-
-def test_a_form_that_the_lens_sees_takes_in_new_facts_more_easily(groups):
-    head, *rows = tables.new_by_class(groups)
-    assert [row[2] for row in rows] == [5, 3] * 3 + [2, 1]
-    for one, other in zip(rows[::2], rows[1::2]):
-        for i in (3, 4, 5):
-            assert float(one[i].split()[0]) >= float(other[i].split()[0]), (one[0], head[i])
-    ends = [float(row[-1].split()[0]) for row in rows[-2:]]
-    assert ends[0] > 0.95 and ends[1] < 0.5
-
-
-def test_each_form_has_its_own_row_and_every_seed_one(groups):
-    head, *rows = tables.by_class(groups)
-    for one, other in zip(rows[::2], rows[1::2]):
-        assert one[0] == other[0] and one[1:2] + other[1:2] == ["entity", "code"]
-        assert one[2] + other[2] == 8
-    seen = head.index("seen among entities")
-    for regime in range(4):  # supervised: the OOD bridge is seen more where it is an entity
-        means = [float(row[seen].split()[0]) for row in rows[2 * regime:2 * regime + 2]]
-        assert means[0] > 3 * means[1]
-
-
-def test_the_first_weights_decide_the_form_whatever_is_drawn(groups):
-    head, *rows = tables.draws(tables.choose(groups, "draws/weights"))
-    assert rows == [["seed 0", *["entity"] * 4], ["seed 1", *["entity"] * 4],
-                    ["seed 2", *["code"] * 4], ["seed 5", *["code"] * 4]]
-
-
-def test_of_the_first_weights_the_mixing_decides(groups):
-    head, *rows = tables.grafts(tables.choose(groups, "graft/"))
-    kinds = {part: cells for part, *cells in rows}
-    assert kinds["mixing"] == kinds["mixing_positions"] == ["code", "entity"]  # both ways
-    for part in ("embedding", "head", "mixing_out", "mlp"):
-        assert kinds[part] == ["entity", "code"], part
-    mix = grok.load_run(SHIPPED / "small/both_full/seed0")[0].blocks[0].mix
-    assert mix.gate_up.weight.numel() + mix.down.weight.numel() == 192
-
-
-def test_the_rule_for_width_holds_at_sizes_that_it_was_not_fitted_on(groups):
-    for size, seeds, steps in ((70, 3, 3000), (200, 3, 16000)):
-        runs = groups[f"growth/small_{size}_both_full"]
-        assert len(runs) == seeds
-        for run in runs:
-            assert abs(run.about["model"]["d_model"] - tables.width_for(size)) < 2
-            assert first_step(run.history, 0.95, "test_ood") <= steps
-
-
-def test_the_papers_direction_comes_out_where_the_readme_says(groups):
-    """In every seed: before grokking, and with three dials, two of them beyond what r2 alone gives;
-    wrong old + new stays wrong even with the right bridge put in."""
-    for name in ("small_natural_before", "dial_two_blocks", "dial_six_loops", "dial_rows_alike"):
-        for run in groups[f"tune/{name}"]:
-            assert tables.last(run, "new_old") > tables.last(run, "old_new") + 0.1, run.folder
-            assert name == "dial_two_blocks" or tables.hop1_ahead(run, tables.last), run.folder
-            found = tables.read_json(run.folder / "facts.json")["grokked"]["mended"]["old_new"]
-            assert found["n"] > 300 and found["share"] <= 0.1
-
-
-def test_a_row_of_stages_worked_out_by_hand(groups):
-    head, *rows = tables.stages({"tiny/natural": groups["tiny/natural"]})
-    cell = dict(zip(head, rows[0]))
-    histories, fitted = [], []
-    for seed in (0, 1, 2):
-        text = (SHIPPED / f"tiny/natural/seed{seed}/metrics.jsonl").read_text(encoding="utf-8")
-        histories.append([json.loads(line) for line in text.splitlines()])
-    for history in histories:
-        fitted.append(next(line["step"] for line in history
-                           if line["accuracy"]["train_inferred"] >= 0.99))
-    assert cell["training >= .99"] == f"{sum(fitted) / 3:.0f} ({min(fitted)} to {max(fitted)})"
-    ends = [history[-1]["accuracy"]["test_ood"] for history in histories]
-    assert cell["OOD answer"] == f"{np.mean(ends):.2f} ({min(ends):.2f} to {max(ends):.2f})"
-
-
-def test_four_cells_by_brute_force():
-    """Each OOD composition is looked up by hand among the training compositions."""
-    folder = SHIPPED / "small/both_half/seed0"
-    model, world, splits = grok.load_run(folder)
-    found = tables.four_cells(model, world, splits)
-    trained = list(zip(*(column.tolist() for column in splits["train_inferred"])))
-    as_hop1, as_hop2 = {(h, r1) for h, r1, *_ in trained}, {(b, r2) for _, _, r2, b, _ in trained}
-    asked = splits["test_ood"]
-    tokens, answers = grok.to_tokens(asked, world, model.config.layout)
-    right = (model(tokens).argmax(-1) == answers).tolist()
-    counts = {cell: [] for cell in found}
-    for h, r1, r2, b, good in zip(*(column.tolist() for column in asked[:4]), right):
-        words = ["no", "yes"]
-        counts[f"{words[(h, r1) in as_hop1]}, {words[(b, r2) in as_hop2]}"].append(good)
-    for cell, hits in counts.items():
-        assert found[cell]["n"] == len(hits)
-        assert found[cell]["right"] == pytest.approx(np.mean(hits), abs=1e-6)
-    stored = json.loads((folder / "cells.json").read_text(encoding="utf-8"))
-    assert {cell: part["n"] for cell, part in stored.items()} == {
-        cell: part["n"] for cell, part in found.items()}
-
-
-def test_runs_are_grouped_by_what_they_are(tmp_path):
-    """Runs that differ in more than their seed under one name, or the same run twice: refused."""
-    def made(name, *options):
-        assert grok.main(["--preset", "smoke", "--steps", "2", "--out", str(tmp_path / name),
-                          *options]) == 0
-
-    made("a/one")
-    made("a/two", "--seed", "1")
-    assert [len(runs) for runs in tables.read_groups(tmp_path).values()] == [2]
-    made("a/three", "--seed", "1")
-    with pytest.raises(data.BadInput, match="same run"):
-        tables.read_groups(tmp_path)
-    made("b/one")
-    made("b/two", "--regime", "both_full")
-    with pytest.raises(data.BadInput, match="more than its seed"):
-        tables.read_groups(tmp_path / "b")
-    with pytest.raises(data.BadInput, match="no run"):
-        tables.read_groups(tmp_path / "c")
-
-
-def test_wilson_interval():
-    """From the formula: n / (n + z^2) is the lower end of n of n."""
-    assert tables.wilson(16, 16) == (pytest.approx(0.806, abs=0.001), 1.0)
-    assert tables.wilson(0, 18) == (0.0, pytest.approx(0.176, abs=0.001))
-    assert tables.wilson(0, 0) == (0, 1)
-
-
-def test_alikeness_of_maps():
-    a = np.zeros((2, 2, 3))
-    a[0, 1, 1] = a[1, 0, 2] = 1
-    assert tables.alike(a, a) == 1 and tables.alike(a, 1 - a) == 0
-    assert tables.alike(a, a / 2) == pytest.approx(0.5)
-    free = np.ones(a.shape, bool)
-    assert 0 < tables.alike_shuffled(a, a, free) < 0.5
-    assert tables.alike_shuffled(a, a, a > 2) == 1  # nothing is free to move
-
-
-def test_spread_counts_the_seeds_that_never_got_there():
-    assert tables.spread([1, 2, 3], 0) == "2 (1 to 3)"
-    assert tables.spread([1, None, 3], 0) == "2 (1 to 3; 1 never)"
-    assert tables.spread([None, None]) == "never" and tables.spread([]) == ""
-    assert tables.spread([0.5]) == "0.50"
-
-
-def test_a_pause_does_not_make_a_step_longer(groups):
-    run = groups["growth/100"][0]
-    paused = [dict(line) for line in run.history]
-    for line in paused[7:]:
-        line["seconds"] += 3600
-    again = tables.step_time(run._replace(history=paused))
-    assert again == pytest.approx(tables.step_time(run), rel=0.05)
-    end = run.history[-1]
-    assert again == pytest.approx(1000 * end["seconds"] / end["step"], rel=0.2)
-
-
-def test_growth_is_in_the_order_of_size(groups):
-    head, *rows = tables.growth(tables.choose(groups, "growth/", "tiny/natural"))
-    sizes = [row[1] for row in rows]
-    assert sizes == sorted(sizes) and len(rows) >= 7
-    run = groups["growth/100"][0]
-    row = next(row for row in rows if row[0] == "growth/100")
-    column = head.index("training >= .99")
-    assert str(first_step(run.history, 0.99, "train_inferred")) in row[column]
-
-
-def test_new_facts_serve_as_hop_1_where_they_are_written_in_time(groups):
-    head, *rows = tables.written(tables.choose(groups, "tune/"))
-    rows = {row[0].removeprefix("tune/"): row for row in rows}
-    grokked = [value.split()[0] for value in rows["small_natural_grokked"][-3:-1]]
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    said = "serve {} of their compositions, others {} (grokked, three seeds).".format(*grokked)
-    assert said in readme
-    mean = {}
-    for name, row in rows.items():
-        mean[name] = [float(cell.split()[0]) for cell in row[3:]]
-    for name in ("small_natural_before", "small_natural_grokked", "flat_natural_before_all",
-                 "flat_natural_grokked_all"):
-        old, new, state, _, in_time, late, mended = mean[name]
-        assert old > new + 0.3 and state > 0.9 and in_time > 0.8 > 0.55 > late, name
-        assert old > 0.5 and (new < 0.51 or name == "flat_natural_before_all"), name
-        assert mended > 0.98, name
-    assert mean["flat_scratch_all"][1] > 0.8
-    overtakes = []
-    for scratch, grokked in zip(groups["tune/flat_scratch_all"],
-                                groups["tune/flat_natural_grokked_all"]):
-        overtakes.append(all(tables.last(scratch, kind) > tables.last(grokked, kind)
-                             for kind in ("new_old", "old_new", "new_new")))
-    assert sorted(overtakes) == [False, True, True]
-
-
-def test_where_a_new_fact_is_looked_up(groups):
-    """Alone and, from grokked, in part as hop 2 in the last loop; as hop 1 hardly there."""
-    head, *rows = tables.unlearnt(tables.choose(groups, "tune/"))
-    rows = {row[0].removeprefix("tune/"): dict(zip(head, row)) for row in rows}
-    for name in ("small_natural_grokked", "flat_natural_grokked_all", "early_natural_grokked"):
-        row = rows[name]
-        assert row["alone, last loop"] == row["fact alone"] and row["at"]
-        alone, hop1, hop2, old = (float(row[key].split()[0]) for key in (
-            "alone, last loop", "hop 1, last loop", "hop 2, last loop", "old compositions, most"))
-        assert min(alone, hop2) >= 0.5 > 0.15 > hop1 and old < 0.1, name
-    assert float(rows["small_natural_before"]["hop 2, last loop"].split()[0]) < 0.5
-
-
-def test_graded_a_loop_earlier_every_grokked_start_gives_the_papers_direction(groups):
-    for regime in data.REGIMES:
-        late, early = (groups[f"tune/{kind}_{regime}_grokked"] for kind in ("small", "early"))
-        assert len(early) == 3
-        for run in early:
-            assert tables.last(run, "new_old") > tables.last(run, "old_new") + 0.2, run.folder
-        usual = np.mean([tables.last(run, "old_new") for run in late])
-        most = 0.6 if regime in ("first_full", "both_half") else 0.5
-        assert np.mean([tables.last(run, "old_new") for run in early]) < most * usual
-    kept = [tables.last(run, "old_new") for run in groups["tune/early_answer_natural_grokked"]]
-    assert np.mean(kept) > 0.5                          # the answer alone graded: hop 2 is there
-
-
-def test_a_block_drawn_afresh_takes_in_more_and_an_embedding_does_not(groups):
-    head, *rows = tables.fresh(groups)
-    served = {}
-    for part, seeds, *cells in rows:
-        served[part] = [float(cell.split()[0]) for cell in cells]
-    assert [row[1] for row in rows] == ["", *[3] * 7]
-    for part in ("mixing", "mlp"):
-        assert all(served[part][i] > served["nothing"][i] + 0.1 for i in range(3)), part
-        assert served[part][1] > served["everything"][1] + 0.1     # what was kept helps hop 2
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    fresh = next(tables.narrow(cells) for part, seeds, *cells in rows if part == "mlp")
-    said = "serve {} as hop 1, {} as hop 2; kept, {:.2f} and {:.2f} (".format(
-        *fresh.strip("| ").split(" | ")[:2], *served["nothing"][:2])
-    assert said in readme
-    for one, other in zip(groups["fresh/mlp"], groups["fresh/mlp_before"]):     # what the wait buys
-        assert tables.last(one, "old_new") > tables.last(other, "old_new")
-    assert served["embedding"] == pytest.approx(served["nothing"], abs=0.1)
-
-
-def test_with_few_old_facts_kept_every_start_ends_in_the_papers_direction(groups):
-    """Not so with all kept; and the circuit still serves old facts."""
-    head, *rows = tables.at_length(groups)
-    grokked = [f"{regime}, grokked" for regime in data.REGIMES]
-    assert [row[0] for row in rows] == ["r2 alone", "scratch", "natural, before", *grokked]
-    assert all(row[1] == 3 for row in rows[1:])
-    ahead = sum(row[head.index("new + old ahead")] for row in rows if "grokked" in row[0])
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"[{ahead} of {3 * len(grokked)}](" in readme
-    for start, seeds, *cells, n in rows[1:]:
-        early1, early2, late1, late2, _, _, old, held = (float(str(cell).split()[0])
-                                                         for cell in cells)
-        assert n > 500
-        assert late1 > late2 + 0.15 and old < 0.3, start
-        if "grokked" in start:
-            assert late2 < 0.75 * early2 and held > 0.9, start
-    for regime in data.REGIMES:
-        for run in groups[f"tune/flat_{regime}_grokked_all"]:
-            at = {line["step"]: line["accuracy"]["old_new"] for line in run.history}
-            assert at[6000] > at[400] - 0.1, run.folder
-    for run in groups["tune/flat_natural_grokked"]:
-        assert tables.late(run, "new_old") > tables.late(run, "old_new") + 0.1, run.folder
-        assert max(line["step"] for line in run.history) == 6000
-
-
-def test_with_all_old_facts_and_time_the_start_from_before_ends_ahead_of_grokked(groups):
-    pairs = zip(groups["tune/flat_natural_before_all"], groups["tune/flat_natural_grokked_all"])
-    for before, grokked in pairs:
-        assert before.history[-1]["step"] == 24000
-        for kind in ("new_old", "old_new", "new_new"):
-            assert tables.last(before, kind) > tables.last(grokked, kind), before.folder
+def test_it_starts_as_a_script_from_any_folder(tmp_path):
+    command = [sys.executable, str(ROOT / "experiments/tables.py"), "--root", "none"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": ""})
+    assert ended.returncode == 2
+    assert ended.stderr == "experiments.tables: root = none: is no folder\n"

@@ -16,13 +16,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-import torch
 
-if not __package__:  # started as a file, as an editor's Run button does: Python looks in tools/ only
+if not __package__:  # an editor's Run button starts this file and not the module
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analyze import (EXAMINED, bridge_site, other_r2, patch, patch_map, predict, right_only, tail,
-                     values_at, values_of)
+from analyze import (EXAMINED, bridge_site, logit_lens, other_r2, patch, patch_map, predict,
+                     right_only, tail, values_at, values_of)
 from data import BadInput, question_numbers, regime_name
 from grok import (WEIGHTS, Parser, first_step, load_run, read_run, run_command, say, to_tokens,
                   write_file)
@@ -37,7 +36,7 @@ TRIED = 2000        # queries of each kind, of which those answered rightly are 
 
 # What the opening pair is called in a random world: its entities, its relations. "Oslo" is what the
 # donor's bridge predicts.
-ENTITIES = ("Ada", "Bea", "Bern", "Carl", "Dora", "Elm Road", "Oslo")
+ENTITIES = ("Ada", "Bea", "Bern", "Carl", "Dora", "Elm St", "Oslo")
 RELATIONS = ("mother", "city", "boss", "street")
 
 
@@ -72,33 +71,32 @@ def find_site(model, world, pool):
     if len(tokens) == 0:
         return None
     used = patch_map(model, tokens, values_of(model, donor_tokens), predicted)
-    found_there = bridge_site(model, world, pool, used, {}, None)
-    return tuple(found_there["sites"][0]) if found_there["where"] == "one site" else None
+    bridge = bridge_site(model, world, pool, used, scored={}, code=None)
+    return tuple(bridge["sites"][0]) if bridge["where"] == "one site" else None
 
 
 # ---------------------------------------------------------------- the opening pair
 def choose_opening(model, world, pools, site, wished=None):
-    """(kind, row of the clean query, row of the donor) in a pool: the first pair that is fit to open
-    the page, or, where none is, the first that is fair. OOD queries go first, and before them
-    `wished`, (kind, clean, donor) of another run of this world. None if there is no fair pair."""
+    """(kind, row of the clean query, row of the donor) in a pool: the first pair that can open the
+    page, if possible a plain one, or, where none can, the first that is fair. OOD queries go first,
+    and before them `wished`, (kind, clean, donor) of another run. None if there is no fair pair."""
+    if wished is not None:
+        kind, *pair = wished
+        rows = np.concatenate([find_rows(world, pools[kind], query) for query in pair])
+        if len(rows) == 2 and can_open(model, world, *pair, site).all():
+            return kind, *rows
     fair = None
     for kind in ("OOD", "ID"):
         pool = pools[kind]
         clean, donor, _ = other_r2(world, pool, pool, np.random.default_rng(0))
-        clean_rows = find_rows(world, pool, clean)
-        donor_rows = find_rows(world, pool, donor)
-        if wished is not None and wished[0] == kind:
-            wished_rows = [find_rows(world, pool, query) for query in wished[1:]]
-            if all(len(rows) for rows in wished_rows):
-                clean_rows = np.concatenate([wished_rows[0], clean_rows])
-                donor_rows = np.concatenate([wished_rows[1], donor_rows])
-        if len(clean_rows) == 0:
-            continue
-        fair = fair or (kind, clean_rows[0], donor_rows[0])
-        fit = can_open(model, world, pool.take(clean_rows), pool.take(donor_rows), site)
-        if fit.any():
-            first = fit.argmax()
-            return kind, clean_rows[first], donor_rows[first]
+        rows = np.stack([find_rows(world, pool, clean), find_rows(world, pool, donor)], axis=1)
+        possible = can_open(model, world, clean, donor, site)                   # (N,) bool
+        plain = possible & is_plain(model, world, clean, donor)                 # (N,) bool
+        for wanted in (plain, possible):
+            if wanted.any():
+                return kind, *rows[wanted.argmax()]
+        if fair is None and len(rows):
+            fair = (kind, *rows[0])
     return fair
 
 
@@ -110,15 +108,21 @@ def find_rows(world, pool, queries):
 
 
 def can_open(model, world, clean, donor, site):
-    """(N,) bool: for which pairs a swap at the site redirects the answer, and all that they are
-    about are different things, so that each can have a name of its own."""
+    """(N,) bool: for which pairs a swap at the site redirects the answer, all that they are about
+    are different things, so that each can have a name of its own, and neither the donor's head nor
+    its first relation gives the predicted answer alone: who is Carl's mother, or Ada's boss?"""
     if site is None:
         return np.zeros(len(clean.h), bool)
     tokens, _ = to_tokens(clean, world, model.config.layout)
     swapped = patch(model, tokens, values_at(model, world, donor, [site])).argmax(-1)
-    redirected = swapped.numpy() == tail(world, donor.b, clean.r2)
+    predicted = tail(world, donor.b, clean.r2)
+    redirected = swapped.numpy() == predicted
+    by_bridge_alone = np.ones(len(clean.h), bool)
+    for h, r1 in ((donor.h, clean.r1), (clean.h, donor.r1)):
+        b = tail(world, h, r1)                                                  # -1: no such fact
+        by_bridge_alone &= (b < 0) | (tail(world, b, clean.r2) != predicted)
     entities, relations = things_of(world, clean, donor)
-    return redirected & all_different(entities) & all_different(relations)
+    return redirected & by_bridge_alone & all_different(entities) & all_different(relations)
 
 
 def things_of(world, clean, donor):
@@ -127,6 +131,29 @@ def things_of(world, clean, donor):
     entities = np.stack([clean.h, clean.b, clean.t, donor.h, donor.b, donor.t, predicted])
     relations = np.stack([clean.r1, clean.r2, donor.r1, donor.r2])
     return entities, relations
+
+
+def is_plain(model, world, clean, donor):
+    """(N,) bool: in which pairs the lens shows in neither run, by chance, a token that belongs to
+    the other one."""
+    E = world.n_entities
+    predicted = tail(world, donor.b, clean.r2)
+    of_clean = [clean.h, clean.b, clean.t, E + clean.r1, E + clean.r2]
+    of_donor = [donor.h, donor.b, donor.t, E + donor.r1, E + donor.r2]
+    return ~(shows_any(model, world, clean, [*of_donor, predicted])
+             | shows_any(model, world, donor, [*of_clean, predicted]))
+
+
+def shows_any(model, world, queries, foreign):
+    """(N,) bool: for which Queries the lens shows one of the foreign tokens, each (N,), at any site,
+    over all tokens or over the entities alone."""
+    tokens, _ = to_tokens(queries, world, model.config.layout)
+    shown = np.zeros(len(tokens), bool)
+    for first in (None, world.n_entities):
+        for top in logit_lens(model, tokens, first).values():                   # (n_loops, N, T)
+            for token in foreign:
+                shown |= (top.numpy() == token[:, None]).any(axis=(0, 2))
+    return shown
 
 
 def all_different(table):
@@ -148,8 +175,8 @@ def name_things(world, clean, donor):
 
 # ---------------------------------------------------------------- what the page holds of a run
 def describe_run(folder, earlier=None):
-    """(run, opening) for the page; BadInput for a run that it cannot show. The opening pair of an
-    `earlier` run, (world, kind, clean, donor), is taken if it belongs to the same world and fits.
+    """(run, opening) for the page; BadInput for a run that it cannot show. An `earlier` run's
+    opening, (world, kind, clean, donor), is taken if it belongs to the same world and fits.
 
     run = {"name", "config": Config, "entities", "relations": names,
            "tails": (E, R), -1 where there is no fact,
@@ -168,30 +195,44 @@ def describe_run(folder, earlier=None):
     opening = choose_opening(model, world, pools, site, earlier[1:] if same_world else None)
     if opening is None:
         raise BadInput(f"{folder}: no two compositions that it answers rightly make a fair pair")
-    kind, *rows = opening
-    clean = pools[kind].take(rows[:1])
-    donor = pools[kind].take(rows[1:])
+    kind, clean_row, donor_row = opening
+    pools[kind] = put_first(pools[kind], clean_row, donor_row)
+    clean = pools[kind].take([0])
+    donor = pools[kind].take([1])
     named = not config.facts and bool(can_open(model, world, clean, donor, site)[0])
-    entity_names, relation_names = world.entity_names, world.relation_names
-    if named:
-        entity_names, relation_names = name_things(world, clean, donor)
-    others = np.setdiff1d(np.arange(len(pools[kind].h)), rows)
-    pools[kind] = pools[kind].take(np.concatenate([rows, others]))      # the opening pair leads
-    queries = {kind: as_rows(pool.take(slice(MOST_QUERIES)), models.get("fit"), world)
-               for kind, pool in pools.items()}
     run = {"name": f"{config.preset}, {regime_name(config)}, seed {config.seed}",
            "config": asdict(config),
-           "entities": entity_names,
-           "relations": relation_names,
-           "tails": np.where(world.index >= 0, world.facts[world.index, 2], -1).tolist(),
-           "queries": queries,
+           **describe_world(world, clean, donor, named),
+           "queries": {kind: as_rows(pool.take(slice(MOST_QUERIES)), models.get("fit"), world)
+                       for kind, pool in pools.items()},
            "right": shares_right(history),
            "site": site,
-           "opening": {"kind": kind, "clean": queries[kind][0][:3], "donor": queries[kind][1][:3],
+           "opening": {"kind": kind, "clean": as_row(clean), "donor": as_row(donor),
                        "named": named},
-           "sizes": [[name, weight.numel()] for name, weight in model.state_dict().items()],
-           "weights": {weights: encode(model) for weights, model in models.items()}}
+           **describe_weights(models)}
     return run, (world, kind, clean, donor)
+
+
+def put_first(pool, *rows):
+    """The Queries of a pool with these rows before all others."""
+    others = np.setdiff1d(np.arange(len(pool.h)), rows)
+    return pool.take(np.concatenate([rows, others]))
+
+
+def describe_world(world, clean, donor, named):
+    """{"entities", "relations", "tails"}, see `describe_run`."""
+    entity_names = world.entity_names
+    relation_names = world.relation_names
+    if named:
+        entity_names, relation_names = name_things(world, clean, donor)
+    tails = np.where(world.index >= 0, world.facts[world.index, 2], -1)         # (E, R)
+    return {"entities": entity_names, "relations": relation_names, "tails": tails.tolist()}
+
+
+def describe_weights(models):
+    """{"sizes", "weights"}, see `describe_run`."""
+    sizes = [[name, weight.numel()] for name, weight in models["end"].state_dict().items()]
+    return {"sizes": sizes, "weights": {name: encode(model) for name, model in models.items()}}
 
 
 def load_models(folder, config):
@@ -207,6 +248,11 @@ def load_models(folder, config):
     n_weights = sum(weight.numel() for weight in models["end"].parameters())
     check_size(folder, len(models) * n_weights * 2 * 4 // 3)
     return models, world, splits
+
+
+def as_row(query):
+    """[h, r1, r2] of Queries of one."""
+    return [int(query.h[0]), int(query.r1[0]), int(query.r2[0])]
 
 
 def as_rows(queries, model_at_fit, world):
@@ -244,7 +290,7 @@ def check_size(name, n_bytes):
 
 # ---------------------------------------------------------------- the page
 def make_page(folders, notebook="../tutorial.ipynb"):
-    """The page of these runs as bytes, the same each time; `notebook` is the address of its link."""
+    """The page of these runs as bytes, the same each time; `notebook` is where its link leads."""
     runs = []
     opening = None
     for folder in folders:

@@ -1,10 +1,11 @@
-"""The notebook for a class: a copy without outputs and without solutions, and a page of solutions.
+"""The notebook for a class: a copy without outputs, answers and solutions, and a page with these.
 
     python -m tools.student [-o FOLDER]     writes tutorial_student.ipynb and solutions.md
 
 The copy runs beside data.py, grok.py and analyze.py, so FOLDER is by default the one they lie in.
 """
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from data import decode, read_bytes, reading
 from grok import Parser, run_command, say, write_file
 
 HERE = Path(__file__).resolve().parent.parent
+FOLDED = re.compile(r"<details><summary>.*?</summary>(.*?)</details>", re.DOTALL)
 
 
 def read_notebook(path):
@@ -48,15 +50,28 @@ def is_solution(cell):
 
 
 def student_copy(notebook):
-    """The notebook without solutions, outputs and execution counts; stubs and checks stay."""
+    """The notebook without solutions, folded answers, outputs and execution counts; stubs stay."""
     cells = []
     for cell in notebook["cells"]:
-        if is_solution(cell):
-            continue
         if cell["cell_type"] == "code":
-            cell = {**cell, "outputs": [], "execution_count": None}
-        cells.append(cell)
+            cells.append({**cell, "outputs": [], "execution_count": None})
+            continue
+        source = FOLDED.sub("", cell["source"]).strip()
+        if source and not is_solution(cell):
+            cells.append({**cell, "source": source})
     return {**notebook, "cells": cells}
+
+
+def answers(notebook):
+    """Markdown: the heading of every part and, under it, the folded answers to its predictions."""
+    parts = ["# Answers to the predictions of tutorial.ipynb"]
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "markdown" or is_solution(cell):
+            continue
+        headings = re.findall(r"^## .*", cell["source"], re.MULTILINE)
+        parts.extend(headings)
+        parts.extend(text.strip() for text in FOLDED.findall(cell["source"]))
+    return "\n\n".join(parts) + "\n"
 
 
 def solutions(notebook):
@@ -78,7 +93,8 @@ def write_files(out):
     """Write both files to the folder `out`."""
     notebook = read_notebook(HERE / "tutorial.ipynb")
     copied = json.dumps(student_copy(notebook), indent=1, ensure_ascii=False) + "\n"
-    files = {"tutorial_student.ipynb": copied, "solutions.md": solutions(notebook)}
+    page = answers(notebook) + "\n" + solutions(notebook)
+    files = {"tutorial_student.ipynb": copied, "solutions.md": page}
     out.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         write_file(out / name, text.encode("utf-8"))
@@ -89,8 +105,8 @@ def main(argv=None):
     """Write both files; exit status 0, 2 for bad input, 130 when stopped."""
     def body():
         parser = Parser(prog="python -m tools.student", allow_abbrev=False,
-                        description="The notebook for a class: a copy without outputs and "
-                        "solutions, tutorial_student.ipynb, and a page of solutions, solutions.md.")
+                        description="The notebook for a class: a copy without outputs, answers and "
+                        "solutions, tutorial_student.ipynb, and a page with these, solutions.md.")
         parser.add_argument("-o", "--out", type=Path, default=HERE, metavar="FOLDER",
                             help="where they go (beside grok.py)")
         write_files(parser.parse_args(argv).out)

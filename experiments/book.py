@@ -1,0 +1,643 @@
+"""Every number of the results page: the runs below a folder, read into a Book.
+
+A Book is {table: {keys: Cell}}; a Cell is one number of a group of runs, a value a run. A group is
+the runs that differ in their seed alone, and is named after its folder: small/natural.
+"""
+import json
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from analyze import COMPOSITIONS, short
+from data import (BadInput, SPLITS, change_facts, compositions, make_splits, make_world, queries,
+                  reading)
+from experiments.measure import NEW, r2_alone
+from experiments.verdicts import OPEN, SHARES, Missing, judge_all
+from grok import PRESETS, WEIGHTS, Config, first_step, read_run
+
+FEW = 100  # queries; a number that rests on fewer says on how many
+NO_RUN = "*no run yet*"
+NOT_MEASURED = "*not measured*"
+NEVER = ("steps", "ratio")  # kinds of Cells in which None is "never"
+
+# The numbers of He et al., arXiv 2601.09049: one run each; steps in thousands.
+PAPER = {  # (start or regime, what): (number, where it stands)
+    ("natural", "fit"): ("106k", "Figure 2"),
+    ("natural", "lens_.5"): ("219k", "Figure 2"),
+    ("natural", "answer_.5"): ("396k", "Figure 2"),
+    ("natural", "answer_.9"): ("never (.86 at most)", "Figure 2"),
+    ("natural", "test_ood"): (".68", "Figure 2, its last point"),
+    ("both_full", "answer_.9"): ("37k", "Figure 2"),
+    ("both_full", "answer_at_37k"): (".92", "Figure 2"),
+    ("both_full", "seen_at_37k"): (".003", "Figure 2"),
+    ("second_full", "test_ood"): (".97", "Figure 2, its last point"),
+    ("second_full", "seen"): (".65", "Figure 2, its last point"),
+    ("natural", "new_old"): ("1.0", "Figure 4, 16 queries"),
+    ("natural", "old_new"): ("0", "Figure 4, 18 queries"),
+    ("natural", "new_new"): (".003", "Figure 4, 3,000 queries"),
+    ("both_full", "new_old"): ("1.0", "Figure 4, 26 queries"),
+    ("second_full", "new_old"): (".33", "Figure 4, 33 queries"),
+    ("both_half", "new_old"): (".53", "Figure 4, 36 queries"),
+    ("scratch", "new_old"): (".31", "Figure 4, its control, 16 queries"),
+}
+
+
+# ---------------------------------------------------------------- reading runs
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+    name: str       # its folder under ROOT: small/natural/seed0
+    config: Config
+    history: list   # see Trainer.measure
+    inside: dict    # inside.json, see experiments/measure.py; {} if it was not measured
+    film: list      # film.json; [] if it was not filmed
+
+
+@dataclass
+class Runs:
+    """All runs under ROOT."""
+    groups: dict = field(default_factory=dict)    # {small/natural: [Run, ...]}, one a seed
+    left_out: list = field(default_factory=list)  # "small/natural/seed2: is not finished ..."
+
+
+def read_runs(root):
+    """The Runs in every folder under ROOT with a config.json, however deep. A run that is not
+    finished, is damaged or does not belong to its group is left out by name."""
+    runs = Runs()
+    root = Path(root)
+    if not root.is_dir():
+        raise BadInput(f"root = {root}: is no folder")
+    for path in sorted(root.rglob("config.json")):
+        name = path.parent.relative_to(root).as_posix()
+        group = runs.groups.get(group_of(name), [])
+        try:
+            run = read_one(path.parent, name)
+            check_group(run, group)
+        except BadInput as error:
+            reason = str(error).removeprefix(f"{path.parent}: ")
+            runs.left_out.append(f"{name}: {reason}".replace(f"{root}/", ""))
+            continue
+        runs.groups[group_of(name)] = [*group, run]
+    if not runs.groups and not runs.left_out:
+        raise BadInput(f"{root}: holds no run")
+    return runs
+
+
+def group_of(name):
+    """small/natural of small/natural/seed0; a folder without a seed is a group of its own."""
+    folder, _, last = name.rpartition("/")
+    return folder if folder and re.fullmatch("seed[0-9]+", last) else name
+
+
+def read_one(folder, name):
+    """The Run in a folder."""
+    config, history = read_run(folder)
+    inside = read_json(folder / "inside.json", dict)
+    film = read_json(folder / "film.json", list)
+    return Run(name, config, history, inside, film)
+
+
+def read_json(path, kind):
+    """The dict or list in a file; an empty one if there is no file."""
+    if not path.exists():
+        return kind()
+    with reading(path):
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, kind):
+            raise ValueError(f"holds no {kind.__name__}")
+    return content
+
+
+def check_group(run, group):
+    """Refuse a run that differs from its group in more than its seed, or in nothing."""
+    for other in group:
+        if run.config.seed == other.config.seed:
+            raise BadInput(f"has the seed of {other.name}")
+        for name, value in asdict(run.config).items():
+            there = getattr(other.config, name)
+            if name not in ("seed", "device") and value != there:
+                raise BadInput(f"{name} = {value}, but {other.name} has {there}")
+
+
+# ---------------------------------------------------------------- one number of a group of runs
+@dataclass(frozen=True)
+class Cell:
+    """What came out in each run of a group; None is "never" of steps, "not measured" of the rest."""
+    values: list
+    kind: str = "share"   # or "steps", "ratio", "count", "text"
+    n: int = None         # queries that it rests on, of all runs together
+    chance: float = None
+
+    @property
+    def have(self):
+        return [value for value in self.values if value is not None]
+
+    @property
+    def mean(self):
+        return float(np.mean(self.have)) if self.have else None
+
+    @property
+    def least(self):
+        return min(self.have, default=None)
+
+    @property
+    def most(self):
+        return max(self.have, default=None)
+
+    @property
+    def seeds(self):
+        return len(self.have)
+
+    @property
+    def without(self):
+        return len(self.values) - len(self.have)
+
+    def show(self, value):
+        """One value as a reader meets it."""
+        if value is None:
+            return "never" if self.kind in NEVER else NOT_MEASURED
+        if self.kind == "text":
+            return value
+        if self.kind == "share":
+            return short(value) if value >= 0 else f"-{short(-value)}"
+        return f"{value:.1f}" if self.kind == "ratio" else f"{value:,.0f}"
+
+    def text(self):
+        """"mean (least to most)", and what is lacking."""
+        if not self.values:
+            return NO_RUN
+        if self.kind == "text":
+            return self.values[0]
+        if not self.have:
+            return self.show(None) + (" (0 queries)" if self.n == 0 else "")
+        notes = []
+        if self.show(self.least) != self.show(self.most):
+            notes.append(f"{self.show(self.least)} to {self.show(self.most)}")
+        if self.without:
+            notes.append(f"{self.without} {self.show(None).strip('*')}")
+        said = self.show(self.mean)
+        if notes:
+            said += f" ({'; '.join(notes)})"
+        return f"{said}, n = {self.n}" if self.n is not None and self.n < FEW else said
+
+
+NOTHING = Cell([])
+
+
+# ---------------------------------------------------------------- the book: what training gave
+MILESTONES = {  # measure: (split, level, which rate of the lens)
+    "fit": ("train_inferred", 0.99, None),
+    "answer_.5": ("test_ood", 0.5, None), "answer_.9": ("test_ood", 0.9, None),
+    "answer_.95": ("test_ood", 0.95, None),
+    "lens_.5": ("test_ood", 0.5, "any"), "lens_.9": ("test_ood", 0.9, "any"),
+    "lens_.95": ("test_ood", 0.95, "any")}
+
+
+def trained_groups(runs):
+    """(group, its runs) of the runs that were trained from scratch in an old world."""
+    return [(group, members) for group, members in runs.groups.items()
+            if not members[0].config.new_facts]
+
+
+def tuned_groups(runs):
+    """(group, its runs) of the runs on new facts."""
+    return [(group, members) for group, members in runs.groups.items()
+            if members[0].config.new_facts]
+
+
+def training_cells(runs):
+    """{(group, measure): Cell}: steps of the first evaluation at which something holds, and shares
+    at the end."""
+    cells = {}
+    for group, members in trained_groups(runs):
+        for name, (split, level, lens) in MILESTONES.items():
+            steps = [first_step(run.history, level, split, lens) for run in members]
+            cells[group, name] = Cell(steps, "steps")
+        for level in (".5", ".9"):
+            pairs = zip(cells[group, f"answer_{level}"].values, cells[group, "fit"].values)
+            ratios = [step / fit if step and fit else None for step, fit in pairs]
+            cells[group, f"ratio_{level}"] = Cell(ratios, "ratio")
+        cells[group, "steps"] = Cell([members[0].config.steps], "count")
+        cells[group, "entities"] = Cell([members[0].config.n_entities], "count")
+        seconds = [run.history[-1].get("seconds") for run in members]
+        cells[group, "seconds"] = Cell(seconds, "count")
+        for name, cell in last_shares(members).items():
+            cells[group, name] = cell
+    return cells
+
+
+def last_shares(members):
+    """{split: Cell of what is right at the end, split_lens: of what the paper's lens sees}, and the
+    OOD answer at step 5,000."""
+    cells = {}
+    for split in SPLITS:
+        cells[split] = Cell([run.history[-1]["accuracy"].get(split) for run in members])
+    for split in COMPOSITIONS:
+        rates = [run.history[-1]["lens"].get(split, {}) for run in members]
+        chance = Cell([rate.get("any_chance") for rate in rates]).mean
+        cells[f"{split}_lens"] = Cell([rate.get("any") for rate in rates], chance=chance)
+    cells["test_ood_at_5000"] = Cell([share_at(run, 5000, "test_ood") for run in members])
+    return cells
+
+
+def share_at(run, step, split):
+    """What was right of a split at the evaluation after this step; None if there was none."""
+    for line in run.history:
+        if line["step"] == step:
+            return line["accuracy"].get(split)
+    return None
+
+
+def composition_cells(runs):
+    """{(group, measure): Cell}: how many training compositions a regime has in all, and how many
+    more than the natural one."""
+    cells = {}
+    for group, members in trained_groups(runs):
+        config = members[0].config
+        if group.startswith(("small/", "long/", "map/")) and not config.facts:
+            world = make_world(config)
+            n_train = len(make_splits(world, config)["train_inferred"].h)
+            n_natural = round(config.phi * np.count_nonzero(~world.is_ood))
+            cells[group, "all"] = Cell([n_train], "count")
+            cells[group, "extra"] = Cell([n_train - n_natural], "count")
+    return cells
+
+
+def film_cells(runs):
+    """{(group, measure): Cell} of filmed runs: the first frame in which something is .5 or more of
+    the OOD questions, and the training .99."""
+    wanted = {"aim_.5": "nearest_right", "store_.5": "own_code", "answer_.5": "as_is"}
+    cells = {}
+    for group, members in trained_groups(runs):
+        films = [run.film for run in members if run.film]
+        if not films:
+            continue
+        steps = [first_frame(film, 0.99, "fitted") for film in films]
+        cells[group, "fit"] = Cell(steps, "steps")
+        for name, measure in wanted.items():
+            steps = [first_frame(film, 0.5, measure) for film in films]
+            cells[group, name] = Cell(steps, "steps")
+    return cells
+
+
+def first_frame(film, level, measure):
+    """Step of the first frame in which this is at the level or above, or None."""
+    for frame in film:
+        value = frame[measure] if measure == "fitted" else frame["test_ood"][measure]
+        if value is not None and value >= level:
+            return frame["step"]
+    return None
+
+
+# ---------------------------------------------------------------- the book: what is inside
+# {table: {measure: (path, path of n, path of the chance level)}} in inside.json at the fit or end
+INSIDE = {
+    "aim_and_store": {
+        "as_is": ("aim SPLIT as_is", "aim SPLIT n", "aim SPLIT random_code"),
+        "nearest_right": ("aim SPLIT nearest_right", "aim SPLIT n", "1/E"),
+        "own_code": ("aim SPLIT own_code", "aim SPLIT n", "aim SPLIT random_code"),
+        "snapped": ("aim SPLIT snapped", "aim SPLIT n", "aim SPLIT random_code"),
+        "random_code": ("aim SPLIT random_code", "aim SPLIT n", ""),
+        "mean_code": ("aim SPLIT mean", "aim SPLIT n", "aim SPLIT random_code")},
+    "swaps": {
+        "donor": ("site SPLIT donor", "site SPLIT n", "site SPLIT noise"),
+        "code": ("site SPLIT code", "site SPLIT n", "site SPLIT noise"),
+        "noise": ("site SPLIT noise", "site SPLIT n", ""),
+        "others_swapped": ("site SPLIT others_swapped", "site SPLIT n", ""),
+        "same_bridge": ("site SPLIT same_bridge", "site SPLIT n_same_bridge", ""),
+        "mixed_donors": ("site SPLIT mixed_donors", "site SPLIT n_mixed_donors", "")},
+    "seen": {
+        "paper": ("SPLIT seen paper any", "SPLIT seen n", "SPLIT seen paper any_chance"),
+        "best": ("SPLIT seen state bridge best", "SPLIT seen n",
+                 "SPLIT seen state bridge best_chance"),
+        "entity": ("SPLIT seen state entity best", "SPLIT seen n",
+                   "SPLIT seen state entity best_chance"),
+        "mixed": ("SPLIT seen mixed bridge best", "SPLIT seen n",
+                  "SPLIT seen mixed bridge best_chance"),
+        "mixed_entity": ("SPLIT seen mixed entity best", "SPLIT seen n",
+                         "SPLIT seen mixed entity best_chance"),
+        "probe": ("SPLIT present state best", "SPLIT present n", "1/E"),
+        "mixed_probe": ("SPLIT present mixed best", "SPLIT present n", "1/E")},
+}
+SPLITS_OF = {"aim_and_store": COMPOSITIONS, "swaps": ("test_id", "test_ood"),
+             "seen": ("test_id", "test_ood")}
+
+
+def get(tree, path):
+    """What stands at a path of words in nested dicts, or None."""
+    for word in path.split():
+        if not isinstance(tree, dict) or tree.get(word) is None:
+            return None
+        tree = tree[word]
+    return tree
+
+
+def inside_cells(runs, table):
+    """{(group, weights, split, measure): Cell} of one table of INSIDE."""
+    cells = {}
+    for group, members in trained_groups(runs):
+        choices = product(WEIGHTS, SPLITS_OF[table], INSIDE[table].items())
+        for weights, split, (measure, paths) in choices:
+            paths = [path.replace("SPLIT", split) for path in paths]
+            cells[group, weights, split, measure] = inside_cell(members, weights, paths)
+    return cells
+
+
+def inside_cell(members, weights, paths):
+    """The Cell of one number of inside.json, by the paths of itself, of n and of its chance."""
+    value, n, chance = paths
+    stages = [run.inside.get(weights) for run in members]
+    sizes = [get(stage, n) for stage in stages if get(stage, n) is not None]
+    if chance == "1/E":
+        level = 1 / members[0].config.n_entities
+    else:
+        level = Cell([get(stage, chance) for stage in stages]).mean if chance else None
+    values = [get(stage, value) for stage in stages]
+    return Cell(values, n=sum(sizes) if sizes else None, chance=level)
+
+
+def site_cells(runs):
+    """{(group, weights): Cell}: where the bridge is used, in how many runs, in words."""
+    cells = {}
+    for group, members in trained_groups(runs):
+        for weights in WEIGHTS:
+            sites = [get(run.inside, f"{weights} site") for run in members]
+            names = Counter(name_of_site(site) for site in sites if site)
+            words = [name if len(members) == 1 else f"{name} ({n})"
+                     for name, n in names.most_common()]
+            cells[group, weights] = Cell([", ".join(words) or NOT_MEASURED], "text")
+    return cells
+
+
+def name_of_site(site):
+    """Its name; of a run in which no site redirects half of the answers, "spread"."""
+    return site["name"] if site["where"] in ("one site", "several passes") else "spread"
+
+
+def map_cells(runs, compositions):
+    """{(hop1, hop2, measure): Cell}: the map of supervision, OOD questions at the end."""
+    wanted = {"answer": "aim_and_store as_is", "aim": "aim_and_store nearest_right",
+              "store": "aim_and_store own_code", "snapped": "aim_and_store snapped",
+              "seen": "seen paper", "used": "swaps donor"}
+    cells = {}
+    for group, members in runs.groups.items():
+        if not group.startswith("map/"):
+            continue
+        config = members[0].config
+        place = (f"{config.hop1:g}", f"{config.hop2:g}")
+        for name, where in wanted.items():
+            table, measure = where.split()
+            paths = [path.replace("SPLIT", "test_ood") for path in INSIDE[table][measure]]
+            cells[(*place, name)] = inside_cell(members, "end", paths)
+        cells[(*place, "trained_answer")] = Cell([run.history[-1]["accuracy"]["test_ood"]
+                                                  for run in members])
+        cells[(*place, "extra")] = compositions[group, "extra"]
+    return cells
+
+
+def needed_cells(cells):
+    """{(which hops, measure): Cell}: where the map, {(hop1, hop2, measure): Cell}, answers nine in
+    ten with the fewest extra compositions, and how many these are."""
+    shares = [f"{share:g}" for share in SHARES]
+    routes = {"hop1": [(share, "0") for share in shares],
+              "hop2": [("0", share) for share in shares],
+              "alike": [(share, share) for share in shares],
+              "any": list(product(shares, shares))}
+    result = {}
+    for route, places in routes.items():
+        answers = {place: cells.get((*place, "trained_answer"), NOTHING) for place in places}
+        if not all(cell.have for cell in answers.values()):
+            continue
+        extra = {place: cells[(*place, "extra")].mean for place in places if
+                 answers[place].mean >= 0.9}
+        if extra:
+            best = min(extra, key=extra.get)
+            result[route, "place"] = Cell([", ".join(best)], "text")
+            result[route, "extra"] = cells[(*best, "extra")]
+            result[route, "answer"] = answers[best]
+        else:
+            result[route, "place"] = Cell(["none"], "text")
+            result[route, "extra"] = Cell([None], "steps")
+            result[route, "answer"] = answers[places[-1]]
+    return result
+
+
+def class_of(run):
+    """What a run has learnt, by intervention: a circuit is one only where a swap redirects .5."""
+    if first_step(run.history, 0.99, "train_inferred") is None:
+        return "does not fit"
+    answers = run.history[-1]["accuracy"]
+    redirects = {}
+    for split in ("test_id", "test_ood"):
+        share = get(run.inside, f"end site {split} donor")
+        redirects[split] = share is not None and share >= 0.5
+    if answers["test_ood"] >= 0.5 and redirects["test_ood"]:
+        return "a circuit for all facts"
+    if answers["test_id"] >= 0.5 and redirects["test_id"]:
+        return "a circuit for ID facts"
+    if answers["test_id"] < 0.5 and not redirects["test_id"]:
+        return "memorises"
+    return "between these"
+
+
+def data_cells(runs):
+    """{(phi, share of OOD facts): Cell}: the map of plain data, its classes in words."""
+    cells = {}
+    for group, members in runs.groups.items():
+        if group.startswith("data/"):
+            config = members[0].config
+            words = dict.fromkeys(class_of(run) if "end" in run.inside else NOT_MEASURED
+                                  for run in members)
+            answer = Cell([run.history[-1]["accuracy"]["test_ood"] for run in members])
+            said = f"{', '.join(words)} ({answer.show(answer.mean)})"
+            cells[f"{config.phi:g}", f"{config.ood_fraction:g}"] = Cell([said], "text")
+    return cells
+
+
+# ---------------------------------------------------------------- the book: new facts
+def new_facts_cells(runs):
+    """{(group, when, split): Cell}: what is right after 500 and 2,000 steps and at the end, and
+    what r2 alone gives."""
+    cells = {}
+    for group, members in tuned_groups(runs):
+        chances = {split: Cell([get(run.inside, f"r2_alone {split}") for run in members])
+                   for split in NEW}
+        for split, chance in chances.items():
+            if split in members[0].history[-1]["accuracy"]:
+                cells[group, "r2_alone", split] = chance
+        last = members[0].config.steps
+        for when, step in (("500", 500), ("2000", 2000), ("end", last)):
+            for split in members[0].history[-1]["accuracy"]:
+                chance = chances[split].mean if split in chances else None
+                shares = [share_at(run, step, split) for run in members]
+                cells[group, when, split] = Cell(shares, chance=chance)
+        cells[group, "end", "steps"] = Cell([last], "count")
+    return cells
+
+
+def new_facts_aim_cells(runs):
+    """{(group, split, measure): Cell}: aim and store in compositions with new facts, at the end."""
+    cells = {}
+    for group, members in tuned_groups(runs):
+        for split, (measure, paths) in product(NEW, INSIDE["aim_and_store"].items()):
+            if split in members[0].history[-1]["accuracy"]:
+                paths = [path.replace("SPLIT", split) for path in paths]
+                cells[group, split, measure] = inside_cell(members, "end", paths)
+    return cells
+
+
+@lru_cache(maxsize=None)
+def r2_alone_cells():
+    """{("paper", "code" or "text"): Cell}: what r2 alone gives of new + old in the paper's world,
+    five draws. Its code keeps 220 old facts and all compositions with one of them, its text 8,000
+    facts (Finding 3)."""
+    config = Config(**{**PRESETS["paper"][2], "new_facts": 2000})
+    code = []
+    text = []
+    for data_seed in range(5):
+        rng = np.random.default_rng(data_seed)
+        world = change_facts(make_world(replace(config, data_seed=data_seed)), config, rng)
+        code.append(r2_alone_of_kept(world, config.phi, 220, n_hops=1, rng=rng))
+        text.append(r2_alone_of_kept(world, config.phi, 8000, n_hops=2, rng=rng))
+    return {("paper", "code"): Cell(code), ("paper", "text"): Cell(text)}
+
+
+def r2_alone_of_kept(world, phi, n_kept, n_hops, rng):
+    """The share of new + old that r2 alone gives, in a World with new facts of which n_kept of the
+    old ones remain; and of phi training compositions an old fact those remain in which n_hops or
+    more of the hops do."""
+    old_facts = np.flatnonzero(~world.is_new)
+    is_kept = np.zeros(len(world.facts), bool)
+    is_kept[rng.permutation(old_facts)[:n_kept]] = True
+    first, second = compositions(world)
+    old = np.flatnonzero(~world.is_new[first] & ~world.is_new[second])
+    trained = rng.permutation(old)[:round(phi * len(old_facts))]
+    kept_hops = is_kept[first[trained]].astype(int) + is_kept[second[trained]]
+    remain = trained[kept_hops >= n_hops]
+    new_old = np.flatnonzero(world.is_new[first] & is_kept[second])
+    splits = {"train_inferred": queries(world, first[remain], second[remain]),
+              "new_old": queries(world, first[new_old], second[new_old])}
+    return r2_alone(world, splits)["new_old"]
+
+
+# ---------------------------------------------------------------- the book: one row a run
+RUN_COLUMNS = {  # column: path in inside.json at the end, OOD questions
+    "answer": "aim test_ood as_is", "n": "aim test_ood n",
+    "seen": "test_ood seen paper any", "chance": "test_ood seen paper any_chance",
+    "seen_entity": "test_ood seen state entity best",
+    "probe": "test_ood present state best", "nearest_right": "aim test_ood nearest_right",
+    "own_code": "aim test_ood own_code", "snapped": "aim test_ood snapped",
+    "donor": "site test_ood donor", "code": "site test_ood code",
+    "n_swapped": "site test_ood n", "where": "site where", "site": "site name"}
+
+
+def rows_of_runs(runs):
+    """One dict a run that was looked into: its name, preset and the RUN_COLUMNS."""
+    rows = []
+    for _, members in trained_groups(runs):
+        for run in members:
+            if "end" in run.inside:
+                row = {"run": run.name, "preset": run.config.preset}
+                for column, path in RUN_COLUMNS.items():
+                    row[column] = get(run.inside["end"], path)
+                row["class"] = class_of(run)
+                rows.append(row)
+    return rows
+
+
+def count_cells(rows):
+    """{(what,): Cell} of how many runs were opened, answer half, are redirected, are not seen."""
+    half = answering_half(rows)
+    sizes = {"opened": len(rows), "half": len(half), "used": 0, "unseen": 0}
+    for row in half:
+        if row["donor"] is not None and row["donor"] >= 0.8:
+            sizes["used"] += 1
+        if row["seen"] is not None and row["seen"] < 0.5:
+            sizes["unseen"] += 1
+    return {(name,): Cell([size], "count") for name, size in sizes.items()}
+
+
+def answering_half(rows):
+    """The rows of the runs that answer half of the OOD questions or more."""
+    return [row for row in rows if row["answer"] is not None and row["answer"] >= 0.5]
+
+
+def exceptions(rows):
+    """The runs that answer half or more, of which a swap is not known to redirect .8."""
+    return [row for row in answering_half(rows) if row["donor"] is None or row["donor"] < 0.8]
+
+
+# ---------------------------------------------------------------- the book itself
+INNER = ("runs", "weights", "questions", "measure")
+KEYS = {"training": ("runs", "measure"), "compositions": ("runs", "measure"),
+        "film": ("runs", "measure"), "aim_and_store": INNER, "swaps": INNER, "seen": INNER,
+        "map": ("hop1", "hop2", "measure"), "new_facts": ("runs", "when", "questions"),
+        "new_facts_aim": ("runs", "questions", "measure"), "r2_alone": ("world", "measure"),
+        "counts": ("measure",), "predictions": ("name",), "needed": ("hops", "measure"),
+        "site": ("runs", "weights"), "data": ("phi", "ood_fraction"), "paper": ("runs", "measure")}
+NO_CSV = ("needed", "site", "data", "paper")  # of words; the last has a file of its own
+FIELDS = ("mean", "least", "most", "n", "chance", "seeds", "without")
+
+
+class Book(dict):
+    """{table: {keys: Cell}}. It notes what a page looks up, and remembers the verdicts."""
+
+    def __init__(self, runs):
+        super().__init__()
+        self.runs = runs
+        self.rows = rows_of_runs(runs)
+        self.used = set()  # keys that were looked up, among them groups
+        self["training"] = training_cells(runs)
+        self["compositions"] = composition_cells(runs)
+        self["film"] = film_cells(runs)
+        for table in INSIDE:
+            self[table] = inside_cells(runs, table)
+        self["site"] = site_cells(runs)
+        self["map"] = map_cells(runs, self["compositions"])
+        self["needed"] = needed_cells(self["map"])
+        self["data"] = data_cells(runs)
+        self["new_facts"] = new_facts_cells(runs)
+        self["new_facts_aim"] = new_facts_aim_cells(runs)
+        self["r2_alone"] = r2_alone_cells()
+        self["counts"] = count_cells(self.rows)
+        self["paper"] = {keys: Cell([text], "text") for keys, (text, _) in PAPER.items()}
+        numbers, self.verdicts = judge_all(self)  # {name: word}
+        self["predictions"] = {(name,): Cell([number], kind)
+                               for name, (number, kind) in numbers.items()}
+
+    def look(self, words):
+        """The Cell at "TABLE KEY ..."; NOTHING if there is none."""
+        table, *keys = words.split()
+        if table not in self or len(keys) != len(KEYS[table]):
+            raise BadInput(f"page.md: {{value:{words}}}: is no cell of a table")
+        self.used.update(keys)
+        return self[table].get(tuple(keys), NOTHING)
+
+    def need(self, words):
+        """The Cell at "TABLE KEY ..."; Missing if nothing was measured."""
+        cell = self.look(words)
+        if not cell.values or cell.kind == "share" and not cell.have:
+            raise Missing(words)
+        return cell
+
+    def say(self, words):
+        """The text of the Cell at "TABLE KEY ...", or of a FIELD of it."""
+        *most, last = words.split()
+        if last not in (*FIELDS, "with_chance"):
+            most = words.split()
+        cell = self.look(" ".join(most))
+        if not cell.values and most[0] == "predictions":
+            return f"*{OPEN}*"
+        if not cell.values:
+            return NOT_MEASURED if self.runs.groups.keys() & set(most) else NO_RUN
+        if most == words.split():
+            return cell.text()
+        if last == "with_chance":
+            return f"{cell.text()}, chance {cell.show(cell.chance)}" if cell.have else cell.text()
+        value = getattr(cell, last)
+        return f"{value:,}" if last in ("n", "seeds", "without") and value else cell.show(value)

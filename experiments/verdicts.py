@@ -1,0 +1,300 @@
+"""The verdicts of the results page, a small function each, and what became of the predictions.
+
+A verdict is computed from the numbers of a Book (experiments/tables.py), once for `small` and once
+for `trm`, by the rule in the docstring; the page says the same rules in words:
+
+    holds    as the paper says        partly   with another instrument, threshold or ceiling
+    differs  not so                   open     a run or a measurement is missing, or decides nothing
+
+A prediction is a number and a level, which were written down in PREDICTIONS.md before the runs.
+"""
+from itertools import product
+
+HOLDS = "holds"
+PARTLY = "partly"
+DIFFERS = "differs"
+OPEN = "open"
+FAILS = "fails"  # a prediction
+WORDS = (HOLDS, PARTLY, DIFFERS, OPEN, FAILS)
+
+TOO_FEW = 20     # queries a run; a swap on fewer decides nothing
+SHARES = (0, 0.25, 0.5, 0.75, 1)  # of OOD facts supervised, in the map
+LONGEST = {"small": "long/natural", "trm": "trm/natural"}              # natural training
+EARLY = {"small": "tune/small_natural_end", "trm": "tune/trm_natural"}  # new facts, 500 steps
+LATE = {"small": "tune/long_natural_end", "trm": "tune/trm_natural"}    # new facts, to the end
+
+
+class Missing(Exception):
+    """A verdict needs a number that is not there."""
+
+
+def judge_sooner(book, preset):
+    """Both hops supervised: nine answers in ten, before natural training has them."""
+    both = book.need(f"training {preset}/both_full answer_.9")
+    natural = book.need(f"training {LONGEST[preset]} answer_.9")
+    if both.without:
+        return DIFFERS
+    later = [step is None or step > both.most for step in natural.values]
+    return HOLDS if all(later) else DIFFERS
+
+
+def judge_stages(book, preset):
+    """Natural: the training is fitted, then the bridge is there in half, then half is answered."""
+    by_lens = [book.need(f"training {LONGEST[preset]} {name}")
+               for name in ("fit", "lens_.5", "answer_.5")]
+    if in_order(*by_lens):
+        return HOLDS
+    by_code = [book.need(f"film {preset}/natural {name}")
+               for name in ("fit", "aim_.5", "answer_.5")]
+    return PARTLY if in_order(*by_code) else DIFFERS
+
+
+def in_order(fit, bridge, answer):
+    """Whether in every run the bridge came after the fit, and before the answer (if that came)."""
+    for fitted, there, answered in zip(fit.values, bridge.values, answer.values):
+        if fitted is None or there is None or there <= fitted:
+            return False
+        if answered is not None and answered <= there:
+            return False
+    return True
+
+
+def judge_folds(book, preset):
+    """Natural, at the end: the swap at the site of ID questions redirects OOD answers, too."""
+    where = f"{preset}/natural end test_ood"
+    swap = book.need(f"swaps {where} donor")
+    answer = book.need(f"aim_and_store {where} as_is")
+    if swap.n < TOO_FEW * swap.seeds:
+        return OPEN
+    if swap.mean < 0.8:
+        return DIFFERS
+    paper = float(book.need("paper natural test_ood").values[0])
+    return HOLDS if answer.mean >= paper else PARTLY
+
+
+def judge_fake(book, preset):
+    """Second hop supervised, at the end: answered, not seen, and no swap redirects."""
+    where = f"{preset}/second_full end test_ood"
+    answer = book.need(f"aim_and_store {where} as_is")
+    seen = book.need(f"seen {where} paper")
+    swap = book.need(f"swaps {where} donor")
+    if answer.mean < 0.5:
+        return OPEN
+    if swap.mean >= 0.8:
+        return DIFFERS
+    paper = float(book.need("paper second_full seen").values[0])
+    return HOLDS if swap.mean < 0.5 and seen.mean <= paper else PARTLY
+
+
+def judge_before(book, preset):
+    """Both hops supervised: half is answered before the lens sees half of the bridges."""
+    answers = book.need(f"training {preset}/both_full answer_.5").values
+    bridges = book.need(f"training {preset}/both_full lens_.5").values
+    first = [answer is not None and (bridge is None or answer < bridge)
+             for answer, bridge in zip(answers, bridges)]
+    if all(first):
+        return HOLDS
+    return PARTLY if any(first) else DIFFERS
+
+
+def judge_new_facts(book, preset):
+    """New + old is ahead of old + new by .1 or more, early and late."""
+    leads = []
+    for where in (f"{EARLY[preset]} 500", f"{LATE[preset]} end"):
+        ahead = book.need(f"new_facts {where} new_old").mean
+        leads.append(ahead - book.need(f"new_facts {where} old_new").mean >= 0.1)
+    if all(leads):
+        return HOLDS
+    return PARTLY if any(leads) else DIFFERS
+
+
+def judge_r2_alone(book, preset):
+    """New + old, late, exceeds what r2 alone gives by .1 or more, in every run."""
+    answers = book.need(f"new_facts {LATE[preset]} end new_old")
+    guesses = book.need(f"new_facts {LATE[preset]} r2_alone new_old")
+    beyond = [answer - guesses.mean >= 0.1 for answer in answers.have]
+    if all(beyond):
+        return HOLDS
+    return PARTLY if answers.mean - guesses.mean >= 0.1 else DIFFERS
+
+
+def judge_ordinary(book, preset):
+    """Four blocks of their own fail, graded once or after several loops. Of `tiny` alone."""
+    if preset != "small":
+        return None
+    once = book.need("training tiny/own_blocks_last_loop test_ood").mean < 0.5
+    thrice = book.need("training tiny/own_blocks test_ood").mean < 0.5
+    if once and thrice:
+        return HOLDS
+    return PARTLY if once or thrice else DIFFERS
+
+
+def judge_separate(book, preset):
+    """At the fit, hop 1 supervised gives aim and no store, hop 2 supervised store and less aim."""
+    aims = {}
+    stores = {}
+    for regime in ("first_full", "second_full"):
+        where = f"aim_and_store {preset}/{regime} fit test_ood"
+        aims[regime] = book.need(f"{where} nearest_right").mean
+        stores[regime] = book.need(f"{where} own_code").mean
+    hop1 = aims["first_full"] >= 0.8 and stores["first_full"] < 0.5
+    hop2 = aims["second_full"] < 0.8 and stores["second_full"] >= 0.8
+    if hop1 and hop2:
+        return HOLDS
+    return PARTLY if hop1 or hop2 else DIFFERS
+
+
+def judge_blind(book, preset):
+    """With the answer alone graded the lens sees half of the bridges, and with no other change."""
+    if preset != "small":
+        return None
+    changes = ["dial/answer_only", "small/second_full", "dial/tied", "dial/attention",
+               "dial/own_blocks"]
+    seen = [book.need(f"training {group} test_ood_lens").mean >= 0.5 for group in changes]
+    return HOLDS if seen == [True, False, False, False, False] else DIFFERS
+
+
+JUDGES = {"sooner": judge_sooner, "stages": judge_stages, "folds": judge_folds,
+          "fake": judge_fake, "before": judge_before, "new_facts": judge_new_facts,
+          "r2_alone": judge_r2_alone, "ordinary": judge_ordinary,
+          "separate": judge_separate, "blind": judge_blind}
+
+
+def combine(small, trm):
+    """The verdict over both models: one word where they agree or one of them was not tried."""
+    if trm is None or small == trm:
+        return small
+    return f"{small} in `small`, {trm} in `trm`"
+
+
+# ---------------------------------------------------------------- predictions
+def grid(book, measure):
+    """{(hop1, hop2): mean} over the map; Missing unless every cell was measured."""
+    return {(hop1, hop2): book.need(f"map {hop1:g} {hop2:g} {measure}").mean
+            for hop1, hop2 in product(SHARES, SHARES)}
+
+
+def moves(values, along):
+    """How far {(hop1, hop2): value} moves at most along hop 1 (0) or hop 2 (1)."""
+    ranges = []
+    for fixed in SHARES:
+        line = [value for place, value in values.items() if place[1 - along] == fixed]
+        ranges.append(max(line) - min(line))
+    return max(ranges)
+
+
+def predict_aim(book):
+    """How far the aim moves, at most, along hop 2's share."""
+    return moves(grid(book, "aim"), along=1), "share"
+
+
+def predict_store(book):
+    """How far the store moves, at most, along hop 1's share."""
+    return moves(grid(book, "store"), along=0), "share"
+
+
+def predict_product(book):
+    """By how much the answer exceeds the product of aim and store, at most, where both are low."""
+    excess = []
+    for hop1, hop2 in product((0, 0.25), (0, 0.25)):
+        aim, store, answer = [book.need(f"map {hop1:g} {hop2:g} {measure}").mean
+                              for measure in ("aim", "store", "answer")]
+        excess.append(answer - aim * store)
+    return max(excess), "share"
+
+
+def predict_nine(book):
+    """How many cells answer .9 with neither both shares at .75 nor hop 2 at 1."""
+    against = [place for place, answer in grid(book, "answer").items()
+               if answer >= 0.9 and min(place) < 0.75 and place[1] < 1]
+    return len(against), "count"
+
+
+def predict_skill(book):
+    """By how much half exposed, k = 4, is ahead of none exposed: the smaller of both hops."""
+    gains = []
+    for split in ("new_old", "old_new"):
+        half = book.need(f"new_facts exposed/natural_end_0.5_4 end {split}").mean
+        none = book.need(f"new_facts exposed/natural_end_0 end {split}").mean
+        gains.append(half - none)
+    return min(gains), "share"
+
+
+def predict_both(book):
+    """How many compositions of two unexposed new facts are answered."""
+    return book.need("new_facts exposed/natural_end_0.5_4 end new_new").mean, "share"
+
+
+def predict_mend(book):
+    """In new + old the right code must give .9, and the nearest .05 at most: what is to spare."""
+    where = "new_facts_aim exposed/natural_end_0.5_4 new_old"
+    as_is, snapped, own_code = [book.need(f"{where} {measure}").mean
+                                for measure in ("as_is", "snapped", "own_code")]
+    return min(own_code - 0.9, as_is + 0.05 - snapped), "share"
+
+
+def predict_trm_answer(book):
+    """What the worst seed answers at the end."""
+    return book.need("training trm/both_full test_ood").least, "share"
+
+
+def predict_trm_unseen(book):
+    """How far the lens is above its chance level, at most."""
+    seen = book.need("seen trm/both_full end test_ood paper")
+    return seen.most - seen.chance, "share"
+
+
+def predict_trm_used(book):
+    """What a swap redirects in the worst seed."""
+    return book.need("swaps trm/both_full end test_ood donor").least, "share"
+
+
+def predict_trm_waits(book):
+    """How far second_full and natural are below .5 and .1 at step 5,000: the smaller of both."""
+    below = []
+    for regime, level in (("second_full", 0.5), ("natural", 0.1)):
+        fit = book.need(f"training trm/{regime} fit")
+        answer = book.need(f"training trm/{regime} test_ood_at_5000")
+        in_time = not fit.without and fit.most <= 2500
+        below.append(level - answer.most if in_time else -1)
+    return min(below), "share"
+
+
+PREDICTIONS = {  # name: (the number that decides, rule, level); written down in PREDICTIONS.md
+    "map_aim": (predict_aim, "at most", 0.15),
+    "map_store": (predict_store, "at most", 0.15),
+    "map_product": (predict_product, "at most", 0),
+    "map_nine": (predict_nine, "at most", 0),
+    "exposed_skill": (predict_skill, "at least", 0.1),
+    "exposed_both": (predict_both, "at most", 0.2),
+    "exposed_mend": (predict_mend, "at least", 0),
+    "trm_answer": (predict_trm_answer, "at least", 0.95),
+    "trm_unseen": (predict_trm_unseen, "at most", 0.05),
+    "trm_used": (predict_trm_used, "at least", 0.8),
+    "trm_waits": (predict_trm_waits, "at least", 0),
+}
+
+
+# ---------------------------------------------------------------- all of them
+def judge_all(book):
+    """({prediction: (number, kind)}, {name: verdict}); of JUDGES the verdicts are those of "fake",
+    of "fake small" and "fake trm"."""
+    verdicts = {}
+    numbers = {}
+    for name, judge in JUDGES.items():
+        for preset in ("small", "trm"):
+            try:
+                verdicts[f"{name} {preset}"] = judge(book, preset)
+            except Missing:
+                verdicts[f"{name} {preset}"] = OPEN
+        verdicts[name] = combine(verdicts[f"{name} small"], verdicts[f"{name} trm"])
+    for name, (predict, rule, level) in PREDICTIONS.items():
+        try:
+            numbers[name] = predict(book)
+        except Missing:
+            verdicts[name] = OPEN
+            continue
+        number = numbers[name][0]
+        came_true = number <= level if rule == "at most" else number >= level
+        verdicts[name] = HOLDS if came_true else FAILS
+    return numbers, verdicts

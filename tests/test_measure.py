@@ -1,0 +1,111 @@
+"""What experiments/measure.py promises: `pytest tests/test_measure.py`."""
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import grok
+from analyze import inference_path, plain
+from data import Queries
+from experiments import measure
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A smoke run that has fitted its few questions, looked into by the command."""
+    folder = tmp_path_factory.mktemp("measured") / "run"
+    assert grok.main(["--preset", "smoke", "--phi", "1", "--steps", "90", "--eval-every", "30",
+                      "--device", "cpu", "--out", str(folder)]) == 0
+    assert measure.main([str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(run):
+    """A fine-tuning of it on new facts."""
+    folder = run.parent / "tuned"
+    assert grok.main(["--start", str(run), "--new-facts", "12", "--kept", "1", "--steps", "10",
+                      "--eval-every", "10", "--device", "cpu", "--out", str(folder)]) == 0
+    assert measure.main([str(folder)]) == 0
+    return folder
+
+
+def names_in(tree):
+    """All names in nested dicts."""
+    if not isinstance(tree, dict):
+        return set()
+    return set(tree).union(*[names_in(inner) for inner in tree.values()])
+
+
+def queries_of(pairs):
+    """Queries that matter by (r2, t) alone."""
+    r2, t = np.array(pairs).T
+    return Queries(t * 0, t * 0, r2, t * 0, t)
+
+
+def test_r2_alone_counts_what_its_most_frequent_answer_gets_right():
+    world = SimpleNamespace(n_relations=3, n_entities=4)
+    splits = {"train_inferred": queries_of([(0, 1), (0, 1), (0, 2), (1, 3)]),
+              "new_old": queries_of([(0, 1), (0, 2), (1, 3), (1, 2)]),
+              "old_new": queries_of([(2, 0), (2, 1)]),   # r2 never trained: entity 0
+              "new_new": queries_of([(1, 3)]).take(slice(0))}
+    assert measure.r2_alone(world, splits) == {"new_old": 0.5, "old_new": 0.5}
+
+
+def test_inside_json_holds_what_analyze_finds_without_its_maps(run):
+    inside = json.loads((run / "inside.json").read_text())
+    stages = [stage for stage in grok.WEIGHTS if (run / f"{stage}.pt").exists()]
+    assert list(inside) == stages and stages[-1] == "end"
+    assert set(inside["end"]) == {"site", "aim", "test_id", "test_ood"}
+    assert not names_in(inside) & {"map", "used"}
+    whole = plain(inference_path(*grok.load_run(run, "end")))
+    for part in ("site", "aim"):
+        assert inside["end"][part] == whole[part]
+    seen = whole["test_ood"]["seen"]
+    assert inside["end"]["test_ood"]["seen"]["paper"] == seen["paper"]
+    del seen["state"]["bridge"]["map"]
+    assert inside["end"]["test_ood"]["seen"]["state"]["bridge"] == seen["state"]["bridge"]
+
+
+def test_a_film_is_the_run_itself(run, capsys):
+    before = (run / "metrics.jsonl").read_bytes()
+    assert measure.main(["--film", str(run)]) == 0
+    frames = json.loads((run / "film.json").read_text())
+    _, history = grok.read_run(run)
+    assert [frame["step"] for frame in frames] == [line["step"] for line in history]
+    for frame, line in zip(frames, history):
+        assert frame["fitted"] == round(line["accuracy"]["train_inferred"], 4)
+        assert set(frame["test_ood"]) >= {"as_is", "own_code", "nearest_right", "snapped"}
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_film_that_ends_otherwise_than_the_run_is_refused(run, tmp_path, capsys):
+    for file in run.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[-1]["accuracy"]["test_ood"] += 0.5
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "film.json").unlink(missing_ok=True)
+    assert measure.main(["--film", str(tmp_path)]) == 2
+    assert "ends otherwise" in capsys.readouterr().err
+    assert not (tmp_path / "film.json").exists()
+
+
+def test_a_run_on_new_facts_is_measured_with_and_without_its_weights(tuned):
+    inside = json.loads((tuned / "inside.json").read_text())
+    _, splits = measure.data_of(tuned, grok.read_config(tuned))
+    kinds = {name for name in measure.NEW if name in splits and len(splits[name].h)}
+    assert set(inside["r2_alone"]) == kinds >= {"new_old", "old_new"}
+    assert set(inside["end"]) == {"site", "aim"} and set(inside["end"]["aim"]) == kinds
+    for weights in tuned.glob("*.pt"):
+        weights.unlink()
+    assert measure.main([str(tuned)]) == 0
+    without = json.loads((tuned / "inside.json").read_text())
+    assert without == {"r2_alone": inside["r2_alone"]}
+
+
+def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys):
+    assert measure.main([str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "inside.json").exists()
