@@ -206,7 +206,8 @@ class RecursiveTransformer(TwoHopModel):
     2 * (6 + 1) * 2 = 28 loops. The same `edit(loop, part, value)` is called in each.
     Differs from the paper: plain cross-entropy, which its StableMax replaces; no halting loss, since
     none of its runs halts; and both norms run over the channels, where the paper's code lets the
-    first one run over the positions: over four of them that makes the fit a third slower."""
+    first one run over the positions: over four of them that fits much later (one run each, at step
+    2,100: .56 of the training right, against .99)."""
 
     def __init__(self, config, n_entities, n_relations):
         super().__init__(config, n_entities, n_relations)

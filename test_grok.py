@@ -505,13 +505,11 @@ def restated_recursive(model, tokens):
 
 
 def restated_pass(weights, z, n_blocks):
-    """z (B, T, D) through every block: each half adds to what is there and is normed after, the
-    first along the positions, the second along the channels."""
+    """z (B, T, D) through every block: each half adds to what is there and is normed after."""
     for number in range(n_blocks):
         block = f"blocks.{number}."
-        z = z + restated_token_mixing(z, weights[block + "mix_gate_up.weight"],
-                                      weights[block + "mix_down.weight"])
-        z = norm(z.mT).mT
+        z = norm(z + restated_token_mixing(z, weights[block + "mix_gate_up.weight"],
+                                           weights[block + "mix_down.weight"]))
         positions = []
         for position in range(z.shape[1]):
             value = z[:, position]

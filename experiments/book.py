@@ -127,7 +127,7 @@ def check_group(run, group):
 # ---------------------------------------------------------------- one number of a group of runs
 @dataclass(frozen=True)
 class Cell:
-    """What came out in each run of a group; None is "never" of steps, "not measured" of the rest."""
+    """What came out in each run of a group; None is "never" of steps, else "not measured"."""
     values: list
     kind: str = "share"   # or "steps", "ratio", "count", "text"
     n: int = None         # queries that it rests on, of all runs together
@@ -308,7 +308,7 @@ INSIDE = {
         "donor": ("site SPLIT donor", "site SPLIT n", "site SPLIT noise"),
         "code": ("site SPLIT code", "site SPLIT n", "site SPLIT noise"),
         "noise": ("site SPLIT noise", "site SPLIT n", ""),
-        "others_swapped": ("site SPLIT others_swapped", "site SPLIT n", ""),
+        "others_swapped": ("site SPLIT others_swapped", "site SPLIT n_others_swapped", ""),
         "same_bridge": ("site SPLIT same_bridge", "site SPLIT n_same_bridge", ""),
         "mixed_donors": ("site SPLIT mixed_donors", "site SPLIT n_mixed_donors", "")},
     "seen": {
@@ -614,7 +614,7 @@ class Book(dict):
         """The Cell at "TABLE KEY ..."; NOTHING if there is none."""
         table, *keys = words.split()
         if table not in self or len(keys) != len(KEYS[table]):
-            raise BadInput(f"page.md: {{value:{words}}}: is no cell of a table")
+            raise BadInput(f"template: {{value:{words}}}: is no cell of a table")
         self.used.update(keys)
         return self[table].get(tuple(keys), NOTHING)
 

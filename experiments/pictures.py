@@ -380,7 +380,7 @@ def say_when(fits, answers):
 
 # ---------------------------------------------------------------- store and aim
 LEVELS = ("as_is", "snapped", "own_code")  # of analyze.aim_and_store
-STEPS_OF_A_BAR = {"answered as it is": BLUE,
+BAR_PARTS = {"answered as it is": BLUE,
                   "+ the nearest code put in: without the noise": SKY,
                   "+ the right code put in: hop 1 missed it": GREEN,
                   "not even then: hop 2 is not stored": "0.88"}
@@ -405,7 +405,7 @@ def store_aim(runs):
         axes.set_title(name_of(group, groups[group]))
         told.append(say_gains(group, aims))
     panels[0].set_ylabel("share of OOD questions answered")
-    handles = [Patch(facecolor=color, label=name) for name, color in STEPS_OF_A_BAR.items()]
+    handles = [Patch(facecolor=color, label=name) for name, color in BAR_PARTS.items()]
     handles.append(Line2D([], [], color="black", label="one seed"))
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     set_message(figure, "; ".join(told))
@@ -418,7 +418,7 @@ def draw_aims(axes, aims):
     for x, (stage, seeds) in enumerate(aims.items()):
         levels = [mean(aim[level] for aim in seeds) for level in LEVELS] + [1.0]
         bottom = 0.0
-        for level, color in zip(levels, STEPS_OF_A_BAR.values()):
+        for level, color in zip(levels, BAR_PARTS.values()):
             top = max(bottom, level)  # a step that mends nothing, or less than nothing, has no part
             axes.bar(x, top - bottom, 0.66, bottom, color=color)
             if top - bottom >= 0.05:
@@ -696,9 +696,9 @@ def new_facts(runs):
         ends.setdefault(share, {})[name] = (color, means[split][share])
     for share, names in ends.items():
         label_ends(axes, share, names)
+    key = {"unexposed": {}, "exposed": {"linestyle": "--"}}
     for share, group in groups.items():
-        draw_r2_alone(axes, runs.those_with("r2_alone", group), (share - 0.02, share + 0.02))
-    key = {"unexposed": {}, "exposed": {"linestyle": "--"}, "what r2 alone gives": R2_ALONE}
+        draw_r2_alone(axes, runs.those_with("r2_alone", group), (share - 0.02, share + 0.02), key)
     add_key(axes, key)
     axes.set_xticks(list(groups), [tick(share) for share in groups])
     axes.set_xlim(-0.04, 1.04)
@@ -729,21 +729,20 @@ def draw_exposure(axes, groups, step, split, color):
     return means
 
 
-R2_ALONE = {"linewidth": 3, "solid_capstyle": "butt"}
-
-
-def draw_r2_alone(axes, runs, ends):
-    """Ticks at what r2 alone gives, see experiments/measure.py."""
+def draw_r2_alone(axes, runs, ends, key):
+    """Ticks from end to end at what r2 alone gives, see experiments/measure.py."""
+    style = {"linewidth": 3, "solid_capstyle": "butt"}
     for run in runs:
+        key["what r2 alone gives"] = style
         for split, share in run.inside["r2_alone"].items():
             if split in SERVED:
-                axes.plot(ends, [share] * 2, color=SERVED[split][1], zorder=1, **R2_ALONE)
+                axes.plot(ends, [share] * 2, color=SERVED[split][1], zorder=1, **style)
 
 
-def add_key(axes, styles):
+def add_key(axes, key):
     """What the kinds of lines mean, {text: style}."""
     axes.legend(handles=[Line2D([], [], color="0.3", label=text, **style)
-                         for text, style in styles.items()], loc="upper left")
+                         for text, style in key.items()], loc="upper left")
 
 
 def say_exposure(means):
@@ -770,8 +769,9 @@ def tuned(runs):
     shown = [step for step in (200, 500, 1000, 2000, 5000) if steps[0] <= step <= steps[-1]]
     axes.set_xticks(shown, [f"{step:,}" for step in shown])
     axes.minorticks_off()
-    draw_r2_alone(axes, runs.those_with("r2_alone", group), (0.9 * steps[-1], steps[-1]))
-    add_key(axes, {"one seed": {"linewidth": 0.8}, "what r2 alone gives": R2_ALONE})
+    key = {"one seed": {"linewidth": 0.8}}
+    draw_r2_alone(axes, runs.those_with("r2_alone", group), (0.9 * steps[-1], steps[-1]), key)
+    add_key(axes, key)
     set_message(figure, say_tuned(steps, curves))
     return figure
 

@@ -2,13 +2,15 @@
 
     python -m experiments.tables              writes README.md and tables/*.csv into runs/shipped
     python -m experiments.tables --check      says whether they are what the runs there give
-    python -m experiments.tables --verdicts   prints the table of verdicts, for the README
+    python -m experiments.tables --verdicts   prints the table of verdicts alone
+    python -m experiments.tables --readme     prints README.md of the project, from readme.md
 
-The words of the page stand in page.md; its numbers come from here, in these places:
+The words of a page stand in page.md or readme.md; the numbers come from here, in these places:
 
     {value:TABLE KEY ... [FIELD]}   a Cell of the book: "mean (least to most)", or one FIELD of it
     {verdict:NAME}                  holds, partly, differs or open (JUDGES), fails (PREDICTIONS)
     {exceptions} {left_out}         a table of runs; the runs that cannot be used, and why
+    {verdicts}                      the table of verdicts that page.md begins with
     {when NAME WORD ...} ... {end}  lines that stand only if the verdict is one of these words
 
 and in tables a line "| = | TABLE @1 KEY | ..." says what is looked up in the lines below it, each
@@ -73,7 +75,9 @@ def fill_places(text, book):
             return exceptions_table(book)
         if kind == "left_out":
             return left_out_sentence(book.runs)
-        raise BadInput(f"page.md: {match.group(0)}: is no place")
+        if kind == "verdicts":
+            return verdict_table(fill(read_template("page.md"), book))
+        raise BadInput(f"template: {match.group(0)}: is no place")
 
     return re.sub(r"\{([^{}]*)\}", put, text)
 
@@ -174,11 +178,15 @@ def csv_of_cells(book, table):
     return write_csv([*KEYS[table], *FIELDS], rows)
 
 
+def read_template(name):
+    """The text of a file beside this one."""
+    return decode(read_bytes(HERE / name), name)
+
+
 def all_files(root):
     """({path below ROOT: bytes} of page and tables, the Book)."""
     book = Book(read_runs(root))
-    template = decode(read_bytes(HERE / "page.md"), "page.md")
-    files = {"README.md": fill(template, book).encode()}
+    files = {"README.md": fill(read_template("page.md"), book).encode()}
     for table in KEYS:
         if table not in NO_CSV:
             files[f"tables/{table}.csv"] = csv_of_cells(book, table)
@@ -233,6 +241,7 @@ def parse(argv=None):
     parser.add_argument("-o", "--out", type=Path, metavar="FOLDER", help="write there (ROOT)")
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     parser.add_argument("--verdicts", action="store_true", help="print the table of verdicts alone")
+    parser.add_argument("--readme", action="store_true", help="print the README of the project")
     return parser.parse_args(argv)
 
 
@@ -245,6 +254,8 @@ def main(argv=None):
         name_the_rest(book)
         if args.verdicts:
             say(verdict_table(files["README.md"].decode()))
+        elif args.readme:
+            say(fill(read_template("readme.md"), book), end="")
         elif args.check:
             compare(files, out)
             say(f"{len(files)} files are what the runs give")

@@ -81,12 +81,12 @@ def test_a_film_is_the_run_itself(run, capsys):
 
 
 def test_a_film_that_ends_otherwise_than_the_run_is_refused(run, tmp_path, capsys):
-    for file in run.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    lines[-1]["accuracy"]["test_ood"] += 0.5
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "film.json").unlink(missing_ok=True)
+    config = json.loads((run / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "steps": 30}))
+    (tmp_path / "inside.json").write_bytes((run / "inside.json").read_bytes())
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    line["accuracy"]["test_ood"] += 0.5
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     assert measure.main(["--film", str(tmp_path)]) == 2
     assert "ends otherwise" in capsys.readouterr().err
     assert not (tmp_path / "film.json").exists()

@@ -205,7 +205,7 @@ def test_rows_without_a_run_are_left_out_by_name(write):
 def test_a_place_that_does_not_exist_is_refused_by_name(write, place):
     write_one, read_book = write
     write_one("small/natural/seed0")
-    with pytest.raises(data.BadInput, match="page.md: .*is no"):
+    with pytest.raises(data.BadInput, match="template: .*is no"):
         tables.fill(place, read_book())
 
 
@@ -560,6 +560,7 @@ def test_the_verdicts_alone_are_printed_as_markdown(write, tmp_path, capsys):
     assert not (root / "README.md").exists()
     assert tables.main(["--root", str(root)]) == 0
     assert said in (root / "README.md").read_text(encoding="utf-8")
+    assert tables.fill("a\n\n{verdicts}\n", Book(read_runs(root))) == f"a\n\n{said}"
 
 
 def test_it_starts_as_a_script_from_any_folder(tmp_path):
