@@ -666,19 +666,19 @@ def test_training_rows_are_the_facts_then_the_training_compositions(layout):
     world, splits = small_data(smoke_config(hop1=1.0, hop2=1.0))
     tokens, answers, n_facts = training_rows(splits, world, layout, torch.device("cpu"))
     facts, _ = facts_of(world)
-    asked_facts = {}
-    asked_compositions = {}
+    fact_rows = {}
+    composition_rows = {}
     for number, (row, t) in enumerate(zip(tokens.tolist(), answers.tolist())):
         h, r1, r2 = row[0], row[1] - E, row[2] - E
         if number < n_facts:
             assert set(row[2:]) == {BLANK}
-            asked_facts[h, r1] = t
+            fact_rows[h, r1] = t
         else:
             assert set(row[3:]) <= {BLANK}
-            asked_compositions[h, r1, r2] = (facts[h, r1], t)
-    assert asked_facts == facts and n_facts == len(facts)
-    assert asked_compositions == rows(splits["train_inferred"])
-    assert len(tokens) == len(asked_facts) + len(asked_compositions)
+            composition_rows[h, r1, r2] = (facts[h, r1], t)
+    assert fact_rows == facts and n_facts == len(facts)
+    assert composition_rows == rows(splits["train_inferred"])
+    assert len(tokens) == len(fact_rows) + len(composition_rows)
 
 
 @pytest.mark.parametrize("share, n_atomic", [(0.25, 15_000), (0.5, 30_000), (0.0, 20_000)])
@@ -703,6 +703,35 @@ def test_the_step_size_rises_stays_and_falls_to_a_fiftieth():
     assert step_size(replace(config, warmup=0), 0) == 1
 
 
+class RestatedAdamW:
+    """AdamW and the average of the weights, a list of tensors each, by the textbook."""
+
+    def __init__(self, config, weights):
+        self.config = config
+        self.weights = [weight.detach().clone() for weight in weights]
+        self.average = [weight.clone() for weight in self.weights]
+        self.first_moment = [torch.zeros_like(weight) for weight in self.weights]
+        self.second_moment = [torch.zeros_like(weight) for weight in self.weights]
+
+    def step(self, number, gradients):
+        """Step 1, 2, ...; returns its size."""
+        config = self.config
+        lr = config.lr * min(1, number / max(1, config.warmup))
+        if config.decay:
+            lr *= min(1, (config.steps - (number - 1)) / (config.decay * config.steps))
+        decay = min(config.ema, number / (number + 10))
+        for i, gradient in enumerate(gradients):
+            self.first_moment[i] = 0.9 * self.first_moment[i] + 0.1 * gradient
+            self.second_moment[i] = (config.beta2 * self.second_moment[i]
+                                     + (1 - config.beta2) * gradient ** 2)
+            m = self.first_moment[i] / (1 - 0.9 ** number)
+            v = self.second_moment[i] / (1 - config.beta2 ** number)
+            shrunk = self.weights[i] - lr * config.weight_decay * self.weights[i]
+            self.weights[i] = shrunk - lr * m / (v.sqrt() + 1e-8)
+            self.average[i] = decay * self.average[i] + (1 - decay) * self.weights[i]
+        return lr
+
+
 @pytest.mark.parametrize("changes", [
     dict(warmup=4), dict(warmup=0, beta2=0.9), dict(warmup=2, decay=0.5, weight_decay=1.0)])
 def test_train_step_is_adamw_with_warm_up_fall_and_a_moving_average(changes):
@@ -711,36 +740,22 @@ def test_train_step_is_adamw_with_warm_up_fall_and_a_moving_average(changes):
     trainer = make_trainer(seed=5, ema=0.2, steps=8, **changes)
     trainer.model.double()
     trainer.average.double()
-    config = trainer.config
     model = copy.deepcopy(trainer.model)
+    restatement = RestatedAdamW(trainer.config, model.parameters())
     generator = torch.Generator().manual_seed(5)
-    weights = [weight.detach().clone() for weight in model.parameters()]
-    average = [weight.clone() for weight in weights]
-    first_moment = [torch.zeros_like(weight) for weight in weights]
-    second_moment = [torch.zeros_like(weight) for weight in weights]
     losses = []
     for step in range(1, 9):
-        drawn = draw_batch(config, trainer.n_facts, len(trainer.tokens), generator)
+        drawn = draw_batch(trainer.config, trainer.n_facts, len(trainer.tokens), generator)
         with torch.no_grad():
-            for parameter, weight in zip(model.parameters(), weights):
+            for parameter, weight in zip(model.parameters(), restatement.weights):
                 parameter.copy_(weight)
         loss = loss_of(model, trainer.tokens[drawn], trainer.answers[drawn])
         losses.append(loss.item())
-        lr = config.lr * min(1, step / max(1, config.warmup))
-        if config.decay:
-            lr *= min(1, (8 - (step - 1)) / (config.decay * 8))
-        decay = min(config.ema, step / (step + 10))
-        for i, gradient in enumerate(torch.autograd.grad(loss, list(model.parameters()))):
-            first_moment[i] = 0.9 * first_moment[i] + 0.1 * gradient
-            second_moment[i] = (config.beta2 * second_moment[i]
-                                + (1 - config.beta2) * gradient ** 2)
-            m = first_moment[i] / (1 - 0.9 ** step)
-            v = second_moment[i] / (1 - config.beta2 ** step)
-            shrunk = weights[i] - lr * config.weight_decay * weights[i]
-            weights[i] = shrunk - lr * m / (v.sqrt() + 1e-8)
-            average[i] = decay * average[i] + (1 - decay) * weights[i]
+        lr = restatement.step(step, torch.autograd.grad(loss, list(model.parameters())))
         trainer.train_step()
-        for trained, expected in ((trainer.model, weights), (trainer.average, average)):
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(lr)
+        for trained, expected in ((trainer.model, restatement.weights),
+                                  (trainer.average, restatement.average)):
             torch.testing.assert_close(list(trained.parameters()), expected, rtol=1e-9, atol=1e-9)
         if step % 3 == 0 or step == 8:
             line = trainer.measure()
@@ -791,7 +806,7 @@ def command(tmp_path_factory):
     docstrings and asserts; its output goes to a pipe that holds few letters."""
     folder = tmp_path_factory.mktemp("äé→李") / "run"
     arguments = [sys.executable, "-OO", grok.__file__, *SMOKE, "--out", str(folder)]
-    return subprocess.run(arguments, capture_output=True, timeout=120, env=ENVIRONMENT), folder
+    return subprocess.run(arguments, capture_output=True, timeout=300, env=ENVIRONMENT), folder
 
 
 @pytest.fixture
@@ -995,8 +1010,8 @@ def started(*options):
 
 
 def wait_for_lines(path, n_lines):
-    """Until an evaluation more is written, or a minute is over."""
-    patience = time.monotonic() + 60
+    """Until so many evaluations are written; not for ever."""
+    patience = time.monotonic() + 300
     while not path.exists() or path.read_bytes().count(b"\n") < n_lines:
         assert time.monotonic() < patience
         time.sleep(0.002)
@@ -1277,6 +1292,22 @@ def test_a_start_that_is_trained_further_or_deleted_changes_nothing(here):
     assert measured("new") == before
 
 
+def test_a_run_with_other_facts_or_another_start_is_another_run(source, capsys):
+    """Which is told by what it took along."""
+    own = [*ON_FILE["own.npz"], "--out", "own"]
+    assert grok.main(own) == 0
+    text = Path("own.npz").read_text(encoding="utf-8")
+    Path("own.npz").write_text(text.replace("p0\tr0\tp0", "p0\tr0\tp1"), encoding="utf-8")
+    refuses(own, "out = own: holds a run with another facts.tsv", capsys)
+    tuned = [*TUNED, "--out", "new"]
+    assert grok.main(tuned) == 0
+    assert grok.main([*SMOKE, "--steps", "170", "--out", "run"]) == 0
+    refuses(tuned, "out = new: holds a run with another start.pt", capsys)
+    cut_metrics("new", 1)
+    Path("new/start.pt").unlink()
+    refuses(tuned, "out = new: holds a run without its start.pt", capsys)
+
+
 @pytest.mark.parametrize("exposed", ["0.5", "1"])
 def test_what_was_not_measured_is_not_told(exposed, here, capsys):
     """If all new facts are exposed, no composition of unexposed ones is left."""
@@ -1536,34 +1567,34 @@ def table_codes(table):
     return code, known
 
 
-def assert_map(found, ones, but=0):
+def assert_map(maps, ones, but=0):
     """Maps {part: (3 loops, T)} are 1 at these sites and 0 elsewhere, or the reverse."""
     for part in PARTS:
-        expected = np.full(np.shape(found[part]), float(but))
+        expected = np.full(np.shape(maps[part]), float(but))
         for loop, at_part, position in ones:
             if at_part == part:
                 expected[loop, position] = 1 - but
-        assert np.array_equal(found[part], expected), part
+        assert np.array_equal(maps[part], expected), part
 
 
 def test_the_lens_sees_the_known_circuit_and_among_entities_also_below_louder_tokens(table):
     model, world, queries = table
-    found = analyze.seen(model, world, queries)
+    result = analyze.seen(model, world, queries)
     stays = [*BRIDGE, (1, "state", 1), (2, "state", 1)]
-    assert_map({part: found[part]["bridge"]["map"] for part in PARTS}, stays)
-    assert_map({part: found[part]["answer"]["map"] for part in PARTS}, ANSWER)
-    assert found["state"]["bridge"]["any"] == found["state"]["bridge"]["best"] == 1
+    assert_map({part: result[part]["bridge"]["map"] for part in PARTS}, stays)
+    assert_map({part: result[part]["answer"]["map"] for part in PARTS}, ANSWER)
+    assert result["state"]["bridge"]["any"] == result["state"]["bridge"]["best"] == 1
     chance = (queries.b == np.roll(queries.b, 1)).mean()
-    assert found["paper"] == {"any": 1, "any_chance": pytest.approx(chance, abs=0.1)}
+    assert result["paper"] == {"any": 1, "any_chance": pytest.approx(chance, abs=0.1)}
 
     class Louder(TwoHopTable):
         def unembed(self, state):
             is_no_entity = torch.arange(self.blank + 1) >= self.E
             return super().unembed(state) + 2.0 * is_no_entity
 
-    found = analyze.seen(Louder(world, model.config.layout), world, queries)["state"]
-    assert found["bridge"]["map"][0][1] == 0
-    assert found["entity"]["map"][0][1] == 1
+    result = analyze.seen(Louder(world, model.config.layout), world, queries)["state"]
+    assert result["bridge"]["map"][0][1] == 0
+    assert result["entity"]["map"][0][1] == 1
 
 
 def test_queries_whose_bridge_is_their_own_head_are_left_out_of_the_lens(table):
@@ -1572,9 +1603,9 @@ def test_queries_whose_bridge_is_their_own_head_are_left_out_of_the_lens(table):
     everything = data.queries(world, *compositions(world))
     reflexive = everything.take(everything.h == everything.b)
     assert len(reflexive.h) > 0
-    found = analyze.seen(model, world, reflexive)
-    assert (found["n"], found["left_out"]) == (0, len(reflexive.h))
-    assert found["state"]["bridge"]["any"] is found["paper"]["any"] is None
+    result = analyze.seen(model, world, reflexive)
+    assert (result["n"], result["left_out"]) == (0, len(reflexive.h))
+    assert result["state"]["bridge"]["any"] is result["paper"]["any"] is None
     both = data.Queries(*(np.concatenate(pair) for pair in zip(queries, reflexive)))
     assert analyze.seen(model, world, both)["n"] == len(queries.h)
 
@@ -1584,12 +1615,12 @@ def test_evaluate_knows_the_known_circuit(table):
     model, world, queries = table
     splits = {"test_id": queries, "test_ood": queries.take([0]), "test_id_ood": queries.take([]),
               "train_inferred": queries._replace(t=queries.h)}
-    found = evaluate(model, make_eval_sets(splits, world, model.config.layout, "cpu"))
-    assert found["accuracy"] == {"test_id": 1, "test_ood": 1, "train_inferred": 0}
-    assert set(found["lens"]) == {"test_id", "test_ood"}
+    result = evaluate(model, make_eval_sets(splits, world, model.config.layout, "cpu"))
+    assert result["accuracy"] == {"test_id": 1, "test_ood": 1, "train_inferred": 0}
+    assert set(result["lens"]) == {"test_id", "test_ood"}
     all_seen = dict.fromkeys(("any", "best", "answer_any"), 1)
-    assert found["lens"]["test_id"].items() >= all_seen.items()
-    assert found["lens"]["test_ood"] == {**all_seen, "any_chance": None, "best": None,
+    assert result["lens"]["test_id"].items() >= all_seen.items()
+    assert result["lens"]["test_ood"] == {**all_seen, "any_chance": None, "best": None,
                                          "best_chance": None}
 
 
@@ -1695,23 +1726,23 @@ def test_aim_and_store_tell_which_hop_of_the_known_circuit_was_broken(table, tab
     def measure(model):
         return analyze.aim_and_store(model, world, queries, [(0, "state", 1)], code, known, n=400)
 
-    found = measure(whole)
-    assert found["n"] == 400
+    result = measure(whole)
+    assert result["n"] == 400
     for name in ("as_is", "own_code", "snapped", "nearest_right"):
-        assert found[name] == 1, name
-    assert found["random_code"] < 0.2 and found["mean"] < 0.2
+        assert result[name] == 1, name
+    assert result["random_code"] < 0.2 and result["mean"] < 0.2
     astray = copy.deepcopy(whole)
     astray.hop1[0::2] = torch.where(whole.hop1[0::2] < world.n_entities,
                                     (whole.hop1[0::2] + 1) % world.n_entities, whole.blank)
-    found = measure(astray)
-    assert found["own_code"] == 1
-    assert found["nearest_right"] == pytest.approx((queries.h[:400] % 2 == 1).mean())
-    assert found["nearest_right"] <= found["as_is"] == found["snapped"] < 0.8
+    result = measure(astray)
+    assert result["own_code"] == 1
+    assert result["nearest_right"] == pytest.approx((queries.h[:400] % 2 == 1).mean())
+    assert result["nearest_right"] <= result["as_is"] == result["snapped"] < 0.8
     empty = copy.deepcopy(whole)
     empty.hop2.fill_(whole.blank)
-    found = measure(empty)
-    assert found["nearest_right"] == 1
-    assert found["own_code"] == found["snapped"] == found["as_is"] == 0
+    result = measure(empty)
+    assert result["nearest_right"] == 1
+    assert result["own_code"] == result["snapped"] == result["as_is"] == 0
     nothing = analyze.aim_and_store(whole, world, queries, [], code, known)
     assert nothing.pop("n") == 0 and set(nothing.values()) == {None}
 
@@ -1868,8 +1899,8 @@ def test_no_query_gives_no_number(real):
     model, tokens, queries = real
     world, _ = small_data(model.config)
     nothing = queries.take([])
-    found = analyze.seen(model, world, nothing)
-    assert found["n"] == 0 and found["state"]["bridge"]["map"] is None
+    result = analyze.seen(model, world, nothing)
+    assert result["n"] == 0 and result["state"]["bridge"]["map"] is None
     values = analyze.values_of(model, tokens[:0])
     assert analyze.patch_map(model, tokens[:0], values, nothing.t) == {
         "n": 0, "redirected": None, "changed": None, "unchanged": None}
@@ -1887,10 +1918,10 @@ def test_analyze_measures_and_draws_every_run_in_a_folder(here, capsys):
         assert "NaN" not in text
         paths = json.loads(text)
         assert list(paths) == stages
-        for found in paths.values():
-            assert set(found) == {"test_id", "test_ood", "site", "aim"}
+        for result in paths.values():
+            assert set(result) == {"test_id", "test_ood", "site", "aim"}
             n_loops = 3 if name == "run" else 4
-            assert np.shape(found["test_id"]["present"]["state"]["map"]) == (n_loops, T)
+            assert np.shape(result["test_id"]["present"]["state"]["map"]) == (n_loops, T)
         for part in PARTS:
             assert matplotlib.image.imread(f"{name}/{part}.png").std() > 0.05
     out = capsys.readouterr().out

@@ -537,17 +537,25 @@ RUN_COLUMNS = {  # column: path in inside.json at the end, OOD questions
 
 
 def rows_of_runs(runs):
-    """One dict a run that was looked into: its name, preset and the RUN_COLUMNS."""
+    """One dict a run that was looked into: its name, preset and the RUN_COLUMNS. The corners of the
+    map are runs of small, under a second name, and count once."""
     rows = []
-    for _, members in trained_groups(runs):
+    configs = set()
+    for group, members in sorted(trained_groups(runs), key=is_of_map):
         for run in members:
-            if "end" in run.inside:
+            if "end" in run.inside and run.config not in configs:
+                configs.add(run.config)
                 row = {"run": run.name, "preset": run.config.preset}
                 for column, path in RUN_COLUMNS.items():
                     row[column] = get(run.inside["end"], path)
                 row["class"] = class_of(run)
                 rows.append(row)
     return rows
+
+
+def is_of_map(group_and_members):
+    """Whether a (group, its runs) is a cell of the map."""
+    return group_and_members[0].startswith("map/")
 
 
 def count_cells(rows):

@@ -10,7 +10,12 @@ inside.json holds what `analyze.inference_path` finds at the fit and at the end,
 each with what its second relation had most often in training. That needs no weights.
 """
 import json
+import sys
 from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if not __package__:  # started as a script, `python experiments/measure.py`, from any folder
+    sys.path.insert(0, str(HERE.parent))
 
 import numpy as np
 import torch
@@ -137,20 +142,33 @@ def read_inside(folder):
 # ---------------------------------------------------------------- the command line
 def main(argv=None):
     """Measure runs; exit status 0, or 2 if one of them cannot be used."""
+    refused = []
+
     def body():
         parser = Parser(prog="experiments.measure", description="What the results page reads.")
         parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
         parser.add_argument("--film", action="store_true", help="train anew, look at every step")
         args = parser.parse_args(argv)
         for folder in args.runs:
-            check_writable(folder)
-            name = "film.json" if args.film else "inside.json"
-            found = film(folder) if args.film else look_into(folder)
-            write_file(folder / name, json.dumps(found).encode())
-            say(f"{folder.as_posix()}: {name}")
+            try:
+                measure_run(folder, args.film)
+            except (BadInput, OSError) as error:  # says so, and goes on to the next
+                print(f"experiments.measure: {error}", file=sys.stderr)
+                refused.append(folder)
 
-    return run_command("experiments.measure", body)
+    return run_command("experiments.measure", body) or (2 if refused else 0)
+
+
+def measure_run(folder, is_film):
+    """Write inside.json or film.json of one run."""
+    check_writable(folder)
+    name = "film.json" if is_film else "inside.json"
+    measured = film(folder) if is_film else look_into(folder)
+    if not measured:
+        raise BadInput(f"{folder}: holds no weights to look into")
+    write_file(folder / name, json.dumps(measured).encode())
+    say(f"{folder.as_posix()}: {name}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

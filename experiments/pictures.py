@@ -505,8 +505,12 @@ def seen_used(runs):
     """One point a run that answers half or more of its OOD questions."""
     able = [run for run in runs.all if run.history[-1]["accuracy"].get("test_ood", 0) >= 0.5]
     points = {}
-    for run in runs.those_with("end", able):
+    configs = set()
+    for run in sorted(runs.those_with("end", able), key=is_of_map):
         shares = seen_and_used(run)
+        if run.config in configs:
+            continue  # the corners of the map are runs of small, under a second name
+        configs.add(run.config)
         if shares is None:
             runs.left_out[run.name] = "has no lens or no swaps (0 queries)"
         else:
@@ -548,6 +552,10 @@ def draw_points(axes, points):
                       "o", markersize=7.5, alpha=0.75, color=color, markeredgecolor="white",
                       clip_on=False, zorder=3, label=f"{kind} ({len(chosen)})")
     axes.legend(loc="center right", title="one point a run")
+
+
+def is_of_map(run):
+    return run.name.startswith("map/")
 
 
 def seen_used_bars(runs):
@@ -817,13 +825,14 @@ def recursion(runs):
                           arrowprops=dict(arrowstyle="-|>", color="0.3"))
     for loop, part, position in found["site"]["sites"]:
         number, block = divmod(loop, config.n_blocks)
-        passes[number].plot(block * len(PARTS) + PARTS.index(part), position, "o", markersize=25,
-                            markerfacecolor="none", markeredgecolor="black", markeredgewidth=2,
-                            clip_on=False, zorder=6)
+        corner = (block * len(PARTS) + PARTS.index(part) - 0.5, position - 0.5)
+        passes[number].add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black",
+                                           linewidth=2.2, clip_on=False, zorder=6))
     figure.legend(handles=[
         Patch(facecolor="none", edgecolor=ORANGE, linewidth=2,
               label="where the paper's lens looks, and the most that it sees there"),
-        Patch(facecolor=BLUE, label="what a donor's value redirects; circled: the bridge's site"),
+        Patch(facecolor=BLUE, label="what a donor's value redirects"),
+        Patch(facecolor="none", edgecolor="black", linewidth=2.5, label="the site of the bridge"),
         Line2D([], [], color="0.3", label="between the two blocks of a pass")],
         loc="outside lower center", ncols=2)
     set_message(figure, say_recursion(config, found))

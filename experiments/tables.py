@@ -3,7 +3,7 @@
     python -m experiments.tables              writes README.md and tables/*.csv into runs/shipped
     python -m experiments.tables --check      says whether they are what the runs there give
     python -m experiments.tables --verdicts   prints the table of verdicts alone
-    python -m experiments.tables --readme     prints README.md of the project, from readme.md
+    python -m experiments.tables --readme     writes README.md of the project, from readme.md
 
 The words of a page stand in page.md or readme.md; the numbers come from here, in these places:
 
@@ -241,7 +241,7 @@ def parse(argv=None):
     parser.add_argument("-o", "--out", type=Path, metavar="FOLDER", help="write there (ROOT)")
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     parser.add_argument("--verdicts", action="store_true", help="print the table of verdicts alone")
-    parser.add_argument("--readme", action="store_true", help="print the README of the project")
+    parser.add_argument("--readme", action="store_true", help="write the README of the project")
     return parser.parse_args(argv)
 
 
@@ -255,7 +255,7 @@ def main(argv=None):
         if args.verdicts:
             say(verdict_table(files["README.md"].decode()))
         elif args.readme:
-            say(fill(read_template("readme.md"), book), end="")
+            write_file(HERE.parent / "README.md", fill(read_template("readme.md"), book).encode())
         elif args.check:
             compare(files, out)
             say(f"{len(files)} files are what the runs give")

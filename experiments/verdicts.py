@@ -215,7 +215,7 @@ def predict_skill(book):
     gains = []
     for split in ("new_old", "old_new"):
         half = book.need(f"new_facts exposed/natural_end_0.5_4 end {split}").mean
-        none = book.need(f"new_facts exposed/natural_end_0 end {split}").mean
+        none = book.need(f"new_facts tune/long_natural_end 2000 {split}").mean
         gains.append(half - none)
     return min(gains), "share"
 

@@ -42,7 +42,7 @@ CLAIMS = [  # group, stage, number, least, most
     # Used, not seen: the lens is near chance, and a donor's value at one site redirects.
     ("small/second_full", "end", "lens test_ood any", 0, 0.3),
     ("small/second_full", "end", "site test_ood donor", 0.7, 1),
-    ("small/second_full", "end", "site test_ood noise", 0, 0.1),
+    ("small/second_full", "end", "site test_ood noise", 0, 0.2),
     ("small/second_full", "end", "site test_ood others_swapped", 0.9, 1),
     ("small/natural", "end", "lens test_ood any", 0, 0.2),
     ("small/natural", "end", "site test_ood donor", 0.8, 1),
@@ -80,30 +80,46 @@ def runs_of(group):
     return finished
 
 
-def number_of(folder, stage, name):
-    """A number of the tables; the test is skipped where it was not measured."""
+def numbers_of(group, stage, name):
+    """{run folder: a number of the tables}, of those in which it was measured; skipped if none."""
     first, *inner = name.split()
-    if first in ("accuracy", "lens"):
-        _, history = read_run(folder)
-        value = history[-1]
-        if stage == "fit":
-            step = first_step(history, 0.99, "train_inferred")
-            value = next(line for line in history if line["step"] == step)
-    else:
-        path = folder / "inside.json"
-        measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        value = measured.get(stage, {})
-        if first not in value:
-            pytest.skip(f"{folder}: {name} was not measured at the {stage}")
-    for word in (first, *inner):
-        value = value[word]
-    return value
+    numbers = {}
+    for folder in runs_of(group):
+        measured = evaluation(folder, stage)
+        if first not in measured:
+            measured = look_inside(folder, stage)
+        if first in measured:
+            value = measured[first]
+            for word in inner:
+                value = value[word]
+            numbers[folder] = value
+    if not numbers:
+        pytest.skip(f"{group}: {name} was not measured at the {stage}")
+    return numbers
+
+
+def evaluation(folder, stage):
+    """The line of metrics.jsonl at the fit or the end."""
+    _, history = read_run(folder)
+    fit = first_step(history, 0.99, "train_inferred")
+    for line in history:
+        if stage == "fit" and line["step"] == fit:
+            return line
+    return history[-1]
+
+
+def look_inside(folder, stage):
+    """What inside.json holds of one stage."""
+    path = folder / "inside.json"
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8")).get(stage, {})
 
 
 @pytest.mark.parametrize("group, stage, name, least, most", CLAIMS)
 def test_a_number_lies_where_the_claim_says(group, stage, name, least, most):
-    for folder in runs_of(group):
-        assert least <= number_of(folder, stage, name) <= most, folder
+    for folder, number in numbers_of(group, stage, name).items():
+        assert least <= number <= most, folder
 
 
 @pytest.mark.parametrize("group, level, times", LATER)
@@ -116,8 +132,9 @@ def test_the_answer_comes_later_than_the_fit(group, level, times):
 
 @pytest.mark.parametrize("group, larger, smaller", MORE)
 def test_one_number_exceeds_another(group, larger, smaller):
-    for folder in runs_of(group):
-        assert number_of(folder, "end", larger) > number_of(folder, "end", smaller), folder
+    bounds = numbers_of(group, "end", smaller)
+    for folder, number in numbers_of(group, "end", larger).items():
+        assert number > bounds[folder], folder
 
 
 def test_both_hops_supervised_get_there_before_natural_training():
@@ -133,14 +150,13 @@ def test_both_hops_supervised_get_there_before_natural_training():
 @pytest.mark.parametrize("group", ["small/second_full", "small/natural", "trm/both_full"])
 def test_a_swap_measured_again_redirects_as_the_shipped_measurement_says(group):
     """Up to 200 OOD queries with donors of another r2, at the site of the bridge in inside.json."""
-    folder = runs_of(group)[0]
-    expected = number_of(folder, "end", "site test_ood donor")
+    folder, expected = next(iter(numbers_of(group, "end", "site test_ood donor").items()))
     model, world, splits = load_run(folder)
     right = right_only(model, world, splits["test_ood"])
     rng = np.random.default_rng(0)
     shuffled = right.take(rng.permutation(len(right.h)))
     clean, donor, predicted = other_r2(world, shuffled.take(slice(200)), shuffled, rng)
-    sites = [tuple(site) for site in number_of(folder, "end", "site sites")]
+    sites = [tuple(site) for site in look_inside(folder, "end")["site"]["sites"]]
     put = values_at(model, world, donor, sites)
     redirected = share_becoming(predicted, model, world, clean, put)
     assert redirected == pytest.approx(expected, abs=0.1)
