@@ -22,6 +22,7 @@ import csv
 import io
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -61,6 +62,26 @@ def fill(template, book):
 def narrow(match):
     """A line of a table in which "1 to 2" is "1–2"."""
     return re.sub(r"(\d) to (\.?\d)", r"\1–\2", match.group())
+
+
+def readme(book):
+    """The README of the project, its paragraphs wrapped anew now that the numbers are in."""
+    blocks = []
+    fenced = False
+    for block in fill(read_template("readme.md"), book).split("\n\n"):
+        fenced ^= block.count("```") == 1
+        is_prose = not fenced and not block.startswith(("#", "|", "!", "```", "  "))
+        blocks.append(wrap(block) if is_prose else block)
+    return "\n\n".join(blocks).rstrip("\n") + "\n"
+
+
+def wrap(block):
+    """A paragraph, or a list of items that begin with "- ", in lines of 120 characters."""
+    items = re.split(r"\n(?=- )", block)
+    return "\n".join(textwrap.fill(" ".join(item.split()), 120, break_long_words=False,
+                                   break_on_hyphens=False,
+                                   subsequent_indent="  " if item.startswith("- ") else "")
+                     for item in items)
 
 
 def fill_places(text, book):
@@ -255,7 +276,7 @@ def main(argv=None):
         if args.verdicts:
             say(verdict_table(files["README.md"].decode()))
         elif args.readme:
-            write_file(HERE.parent / "README.md", fill(read_template("readme.md"), book).encode())
+            write_file(HERE.parent / "README.md", readme(book).encode())
         elif args.check:
             compare(files, out)
             say(f"{len(files)} files are what the runs give")

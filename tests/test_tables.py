@@ -124,7 +124,7 @@ def test_page_and_tables_are_what_the_shipped_runs_give():
 
 def test_readme_is_what_its_template_and_the_shipped_runs_give():
     book = Book(read_runs(SHIPPED))
-    wanted = tables.fill(tables.read_template("readme.md"), book)
+    wanted = tables.readme(book)
     assert (ROOT / "README.md").read_text(encoding="utf-8") == wanted
     assert "no run yet" not in wanted.partition("## The paper's claims")[0]
 
