@@ -3,7 +3,7 @@
     python grok.py                      train the default run, about a minute on two CPU cores
     python grok.py --help               every setting
 
-"In which city does Ada's mother live?" chains two facts: (Ada, mother, Bea), then (Bea, city, Bern).
+"In which city does Ada's mother live?" chains two facts, (Ada, mother, Bea) and (Bea, city, Bern).
 Paper: He et al., "Is Grokking Worthwhile?", arXiv 2601.09049. Symbols used throughout:
 
     B  queries in a batch            h, r1, r2  head entity and the two relations of a query
@@ -204,7 +204,7 @@ class RecursiveTransformer(TwoHopModel):
 
     One *pass* goes through all blocks; one *loop* is one block, so at the paper's sizes there are
     2 * (6 + 1) * 2 = 28 loops. The same `edit(loop, part, value)` is called in each.
-    Differs from the paper: plain cross-entropy, which its StableMax replaces; no halting loss, since
+    Differs from the paper: plain cross-entropy, which its StableMax replaces; no halting loss, for
     none of its runs halts; and both norms run over the channels, where the paper's code lets the
     first one run over the positions: over four of them that fits much later (one run each, at step
     2,100: .56 of the training right, against .99)."""
@@ -243,7 +243,7 @@ class RecursiveTransformer(TwoHopModel):
         return self.unembed(self.read(z_high.transpose(0, 1), tokens))
 
     def embed(self, tokens):
-        """tokens (B, T) -> vectors (B, T + slots, D), not normalised; the scratch slots come last."""
+        """tokens (B, T) -> vectors (B, T + slots, D), not normalised; scratch slots come last."""
         slots = self.scratch.expand(len(tokens), -1, -1)
         return torch.cat([self.embedding[tokens], slots], dim=1)
 
@@ -665,7 +665,8 @@ def check_value(name, value, kind, limits):
 
 def check_model(config):
     """Refuse settings of the model that do not go together, or would be ignored."""
-    other = {"looped": ("n_low", "n_cycles", "slots"), "recursive": ("n_loops", "min_loops", "logit_scale")}
+    other = {"looped": ("n_low", "n_cycles", "slots"),
+             "recursive": ("n_loops", "min_loops", "logit_scale")}
     usual = {item.name: item.default for item in fields(Config)}
     for name in other[config.model]:
         if getattr(config, name) != usual[name]:
@@ -813,7 +814,7 @@ def load_run(folder, weights="end"):
     model = build_model(config, world.n_entities, world.n_relations)
 
     def use(saved):
-        model.load_state_dict(saved["weights"])
+        model.load_state_dict(take_weights(saved))
 
     read_checkpoint(Path(folder, f"{weights}.pt"), use)
     return model.eval().requires_grad_(False), world, splits
@@ -984,6 +985,9 @@ def prepare(config, files, folder):
 
 
 def take_weights(saved):
+    """The weights in what a .pt file holds."""
+    if not isinstance(saved["weights"], dict):
+        raise ValueError("holds no weights")
     return saved["weights"]
 
 

@@ -704,12 +704,13 @@ def new_facts(runs):
         ends.setdefault(share, {})[name] = (color, means[split][share])
     for share, names in ends.items():
         label_ends(axes, share, names)
-    key = {"unexposed": {}, "exposed": {"linestyle": "--"}}
+    key = {"new fact not exposed": {"marker": "o"},
+           "new fact exposed": {"marker": "o", "markerfacecolor": "white", "linestyle": "--"}}
     for share, group in groups.items():
         draw_r2_alone(axes, runs.those_with("r2_alone", group), (share - 0.02, share + 0.02), key)
     add_key(axes, key)
     axes.set_xticks(list(groups), [tick(share) for share in groups])
-    axes.set_xlim(-0.04, 1.04)
+    axes.set_xlim(-0.04, max(groups) * 1.3)
     set_message(figure, say_exposure(means))
     return figure
 

@@ -324,8 +324,8 @@ def stored_names(tree):
 
 
 def lasting_names(statement):
-    """Names that a statement of a cell leaves behind: of a function its own alone, and none of those
-    inside comprehensions."""
+    """Names that a statement of a cell leaves behind: of a function its own alone, and none of
+    those inside comprehensions."""
     if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
         return {statement.name}
     passing = set()

@@ -145,7 +145,7 @@ def is_plain(model, world, clean, donor):
 
 
 def shows_any(model, world, queries, foreign):
-    """(N,) bool: for which Queries the lens shows one of the foreign tokens, each (N,), at any site,
+    """(N,) bool: for which Queries the lens shows one of the foreign tokens (N,), at any site,
     over all tokens or over the entities alone."""
     tokens, _ = to_tokens(queries, world, model.config.layout)
     shown = np.zeros(len(tokens), bool)
