@@ -1,6 +1,6 @@
 """Two tiny transformers that share their parameters, and the loop that trains them until they grok.
 
-    python grok.py                      train the default run, about a minute on two CPU cores
+    python grok.py                      train the default run, 1 to 2 minutes on two CPU cores
     python grok.py --help               every setting
 
 "In which city does Ada's mother live?" chains two facts, (Ada, mother, Bea) and (Bea, city, Bern).
@@ -206,8 +206,7 @@ class RecursiveTransformer(TwoHopModel):
     2 * (6 + 1) * 2 = 28 loops. The same `edit(loop, part, value)` is called in each.
     Differs from the paper: plain cross-entropy, which its StableMax replaces; no halting loss, for
     none of its runs halts; and both norms run over the channels, where the paper's code lets the
-    first one run over the positions: over four of them that fits much later (one run each, at step
-    2,100: .56 of the training right, against .99)."""
+    first one run over the positions: over four of them the model then fits much later."""
 
     def __init__(self, config, n_entities, n_relations):
         super().__init__(config, n_entities, n_relations)
@@ -445,7 +444,7 @@ def step_size(config, step):
 
 class Trainer:
     """All that changes in a run: weights, their average, optimiser, draws, what was measured."""
-    PARTS = ("model", "average", "optimizer")
+    SAVED = ("model", "average", "optimizer")
 
     def __init__(self, config, world, splits):
         self.config = config
@@ -508,13 +507,13 @@ class Trainer:
 
     def state_dict(self):
         """What last.pt holds."""
-        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        parts = {name: getattr(self, name).state_dict() for name in self.SAVED}
         return {"step": self.step, "history": self.history, "losses": self.losses,
                 "seconds": self.seconds(), "draws": self.generator.get_state(), **parts}
 
     def load_state_dict(self, saved):
         """Go on from what last.pt holds."""
-        for name in self.PARTS:
+        for name in self.SAVED:
             getattr(self, name).load_state_dict(saved[name])
         self.generator.set_state(saved["draws"])
         self.step = saved["step"]
@@ -573,6 +572,8 @@ def save_evaluation(trainer, folder):
         save_weights(trainer, folder / "end.pt")
     write_checkpoint(folder / "last.pt", trainer.state_dict())
     write_metrics(trainer, folder)
+
+
 # ---------------------------------------------------------------- the settings
 def setting(default, help, least=None, most=None, words=()):
     """A field of Config with its help, and its limits or the words it may be."""
@@ -665,10 +666,10 @@ def check_value(name, value, kind, limits):
 
 def check_model(config):
     """Refuse settings of the model that do not go together, or would be ignored."""
-    other = {"looped": ("n_low", "n_cycles", "slots"),
-             "recursive": ("n_loops", "min_loops", "logit_scale")}
+    not_used_by = {"looped": ("n_low", "n_cycles", "slots"),
+                   "recursive": ("n_loops", "min_loops", "logit_scale")}
     usual = {item.name: item.default for item in fields(Config)}
-    for name in other[config.model]:
+    for name in not_used_by[config.model]:
         if getattr(config, name) != usual[name]:
             raise BadInput(f"{name} = {getattr(config, name)}: model = {config.model} has none")
     is_paper_like = (config.layout == "bidirectional" and config.mixing == "tokens"

@@ -33,18 +33,18 @@ NEW = ("new_old", "old_new", "new_new", "exposed_old", "old_exposed")
 def look_into(folder):
     """What inside.json holds of a run."""
     config, _ = read_run(folder)
-    found = {}
+    measured = {}
     if config.new_facts:
         world, splits = data_of(folder, config)
-        found["r2_alone"] = r2_alone(world, splits)
+        measured["r2_alone"] = r2_alone(world, splits)
     for stage in WEIGHTS:
         if (folder / f"{stage}.pt").exists():
             model, world, splits = load_run(folder, stage)
             if config.new_facts:
-                found[stage] = look_at_new_facts(model, world, splits)
+                measured[stage] = look_at_new_facts(model, world, splits)
             else:
-                found[stage] = without_maps(inference_path(model, world, splits))
-    return plain(found)
+                measured[stage] = without_maps(inference_path(model, world, splits))
+    return plain(measured)
 
 
 def data_of(folder, config):
@@ -53,12 +53,12 @@ def data_of(folder, config):
     return make_data(config, files)
 
 
-def without_maps(found):
+def without_maps(tree):
     """The same nested dict without "used" and "map", which only pictures of one run need."""
-    if not isinstance(found, dict):
-        return found
-    return {name: without_maps(inner) for name, inner in found.items()
-            if name not in ("used", "map", "probe_map")}
+    if not isinstance(tree, dict):
+        return tree
+    return {name: without_maps(inner) for name, inner in tree.items()
+            if name not in ("used", "map")}
 
 
 # ---------------------------------------------------------------- new facts
@@ -79,7 +79,7 @@ def r2_alone(world, splits):
 
 def look_at_new_facts(model, world, splits):
     """{"site", "aim": {split: see `aim_and_store`}} of a model that was fine-tuned: the site of the
-    bridge and the codes are those of old compositions; then the splits with new facts are tried."""
+    bridge and the codes are those of the training compositions; then the splits with new facts are tried."""
     rng = np.random.default_rng(0)
     old = splits["train_inferred"].take(rng.permutation(len(splits["train_inferred"].h)))
     half = min(2000, len(old.h) // 2)
@@ -98,7 +98,7 @@ def look_at_new_facts(model, world, splits):
 # ---------------------------------------------------------------- along training
 def film(folder):
     """Train the run of this folder anew; film.json holds, for every evaluation, {"step", split:
-    {"answer", "own_code", "nearest_right", "snapped"}}, at the site that its last weights use.
+    see `aim_and_store`}, at the site that its last weights use.
     Every value is from the averaged weights, as the run's metrics are."""
     config, history = read_run(folder)
     sites = [tuple(site) for site in read_inside(folder)["end"]["site"]["sites"]]

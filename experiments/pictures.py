@@ -330,9 +330,9 @@ def draw_hops(axes):
               va="center")
     axes.text(49.3, 23.5, "Hop 1: Ada and mother become Bea.\nIt ends in what is mixed at r2 in "
               "loop 3:\nthere, just before the MLP, is Bea.", va="center")
-    axes.text(49.3, 48.5, "Hop 2: Bea and city become Bern.\nIt begins in the MLP just after. Put "
-              "into\nthe state after it, Carl's value redirects\nnothing: with it comes his r2, "
-              "street.", va="center")
+    axes.text(49.3, 48.5, "Hop 2: Bea and city become Bern.\nIt begins in the MLP that follows.\n"
+              "The question is still Ada's, about a city,\nso Dora in this place gives Oslo.",
+              va="center")
     box(axes, 58.5, y, "Dora", DORA)
     arrow(axes, (55, y), (x + 2.8, y), BLUE, bend=0.1, linewidth=2.2, zorder=5)
     axes.text(62.7, y, "what is mixed at this\nsite in Carl's run", va="center", color=BLUE)

@@ -6,7 +6,8 @@ for `trm`, by the rule in the docstring; the page says the same rules in words:
     holds    as the paper says        partly   with another instrument, threshold or ceiling
     differs  not so                   open     a run or a measurement is missing, or decides nothing
 
-A prediction is a number and a level, which were written down in PREDICTIONS.md before the runs.
+A prediction is a number and a level. Both were written down in PREDICTIONS.md before the runs;
+where no level stands there ("at chance", "does not mend"), we chose it here, afterwards.
 """
 from itertools import product
 
@@ -21,7 +22,7 @@ TOO_FEW = 20     # queries a run; a swap on fewer decides nothing
 SHARES = (0, 0.25, 0.5, 0.75, 1)  # of OOD facts supervised, in the map
 LONGEST = {"small": "long/natural", "trm": "trm/natural"}              # natural training
 EARLY = {"small": "tune/small_natural_end", "trm": "tune/trm_natural"}  # new facts, 500 steps
-LATE = {"small": "tune/long_natural_end", "trm": "tune/trm_natural"}    # new facts, to the end
+LATE = {"small": "tune/long_natural_end", "trm": "tune/trm_long_natural"}  # 6,000 steps
 
 
 class Missing(Exception):
@@ -32,10 +33,12 @@ def judge_sooner(book, preset):
     """Both hops supervised: nine answers in ten, before natural training has them."""
     both = book.need(f"training {preset}/both_full answer_.9")
     natural = book.need(f"training {LONGEST[preset]} answer_.9")
-    if both.without:
+    if not both.have:
         return DIFFERS
     later = [step is None or step > both.most for step in natural.values]
-    return HOLDS if all(later) else DIFFERS
+    if not all(later):
+        return DIFFERS
+    return PARTLY if both.without else HOLDS
 
 
 def judge_stages(book, preset):
@@ -64,7 +67,7 @@ def judge_folds(book, preset):
     where = f"{preset}/natural end test_ood"
     swap = book.need(f"swaps {where} donor")
     answer = book.need(f"aim_and_store {where} as_is")
-    if swap.n < TOO_FEW * swap.seeds:
+    if swap.n < TOO_FEW * swap.seeds or answer.mean < 0.1:
         return OPEN
     if swap.mean < 0.8:
         return DIFFERS
@@ -145,13 +148,18 @@ def judge_separate(book, preset):
 
 
 def judge_blind(book, preset):
-    """With the answer alone graded the lens sees half of the bridges, and with no other change."""
+    """With the answer alone graded the lens sees half of the bridges; partly: of the other changes,
+    too, some make half visible in runs that fitted; differs: grading the answer does not."""
     if preset != "small":
         return None
-    changes = ["dial/answer_only", "small/second_full", "dial/tied", "dial/attention",
-               "dial/own_blocks"]
-    seen = [book.need(f"training {group} test_ood_lens").mean >= 0.5 for group in changes]
-    return HOLDS if seen == [True, False, False, False, False] else DIFFERS
+    if book.need("training dial/answer_only test_ood_lens").mean < 0.5:
+        return DIFFERS
+    for group in ("dial/tied", "dial/attention", "dial/own_blocks"):
+        fits = book.need(f"training {group} fit").values
+        rates = book.need(f"training {group} test_ood_lens").values
+        if any(fit is not None and rate >= 0.5 for fit, rate in zip(fits, rates)):
+            return PARTLY
+    return HOLDS
 
 
 JUDGES = {"sooner": judge_sooner, "stages": judge_stages, "folds": judge_folds,
