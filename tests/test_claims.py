@@ -47,7 +47,7 @@ CLAIMS = [  # group, stage, number, least, most
     ("small/natural", "end", "lens test_ood any", 0, 0.2),
     ("small/natural", "end", "site test_ood donor", 0.8, 1),
     ("trm/both_full", "end", "lens test_ood any", 0, 0.3),
-    # In one seed of the recursion a donor redirects, too; in the other its bridge's code alone does.
+    # In one seed of the recursion a donor redirects, too; in all its bridge's code does.
     ("trm/both_full", "end", "site test_ood code", 0.5, 1),
     # Where it is seen, in tiny, it is used, too.
     ("tiny/natural", "end", "lens test_ood any", 0.95, 1),

@@ -28,7 +28,8 @@ FURTHER = nbformat.read(HERE / "experiments" / "further.ipynb", as_version=4)
 TEACHING = (HERE / "tools" / "TEACHING.md").read_text(encoding="utf-8")
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 PROSE = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown"]
-SHORTER = (("range(1000)", "range(40)"), ("% 250", "% 20"),  # in the two cells that train
+SHORTER = (("train_until(250)", "train_until(20)"),  # in the cells that train
+           ("train_until(1000)", "train_until(40)"), ("% 250", "% 20"),
            ('"steps": 3000', '"steps": 20'))
 
 WRONG = {  # exercise: answers that must not pass

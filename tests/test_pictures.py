@@ -269,10 +269,10 @@ def test_messages_are_those_of_the_numbers(figures):
         "aims hop 1 (.30 to .80)")
     assert said["film.png"] == ("After the fit hop 2 gets stored (.10 to .85) and hop 1 aimed (.30 "
                                 "to .75); the answers stay below both (.00 to .30)")
-    # 3 of tiny, 15 of small, 20 of the map, 1 of trm, 1 dial; tiny and the dial are seen
+    # 3 of tiny, 15 of small, 16 of the map, whose corners are runs of small, 1 of trm, 1 dial
     assert said["seen_used.png"] == (
-        "Of 40 runs that answer half of the OOD questions, a swap redirects .8 or more of the "
-        "answers in 39; the lens sees less than half of the bridges in 36")
+        "Of 36 runs that answer half of the OOD questions, a swap redirects .8 or more of the "
+        "answers in 35; the lens sees less than half of the bridges in 32")
     assert said["seen_used_bars.png"] == (
         "Regime by regime of small, a swap redirects .89 of the right OOD answers; the lens sees "
         ".10 of the bridges")
