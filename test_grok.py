@@ -22,6 +22,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+# two test processes share two cores: one thread each, for what they start, too
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import matplotlib.image
 import numpy as np
 import pytest
