@@ -50,8 +50,11 @@ ENOUGH = 0.5  # the share of answers that a swap redirects at one site, or the s
 @torch.no_grad()
 def values_of(model, tokens):
     """The values at every site, {part: (n_loops, N, T, D)}, for tokens (N, T)."""
-    batches = [run_values(model, batch) for batch in tokens.split(BATCH)]
-    return {part: torch.cat([values[part] for values in batches], dim=1) for part in PARTS}
+    batches = {part: [] for part in PARTS}
+    for batch in tokens.split(BATCH):
+        for part, value in run_values(model, batch).items():
+            batches[part].append(value)
+    return {part: torch.cat(values, dim=1) for part, values in batches.items()}
 
 
 def logit_lens(model, tokens, first=None):
@@ -165,7 +168,9 @@ def patch_map(model, tokens, new, predicted):
     if len(tokens) == 0:
         return {"n": 0, **dict.fromkeys(outcomes)}
     n_loops, _, T, _ = new["state"].shape
-    maps = {outcome: {part: np.zeros((n_loops, T)) for part in PARTS} for outcome in outcomes}
+    maps = {}
+    for outcome in outcomes:
+        maps[outcome] = {part: np.zeros((n_loops, T)) for part in PARTS}
     usual = predict(model, tokens)
     predicted = torch.as_tensor(predicted)
     for loop, part, position in product(range(n_loops), PARTS, range(T)):
@@ -322,7 +327,7 @@ def swap_maps(model, world, clean, pool, code, rng):
 # ---------------------------------------------------------------- the one site of the bridge
 def bridge_site(model, world, pool, used, scored, code):
     """Where is the bridge used? A swap decides: where donors of another r2 redirect most answers.
-    `used` is their `patch_map` on queries of the `pool`; the site found there is scored on other
+    `used` is their `patch_map` on queries of the `pool`; the site chosen there is scored on other
     queries, scored = {split: Queries that are answered rightly}.
 
     {"where": "one site"; or "several passes", if no site redirects half of the answers and a set
@@ -534,13 +539,13 @@ def plain(value):
     return round(value, 4) if isinstance(value, float) else value
 
 
-def report(found, split):
-    """What one stage of `inference_path` found in one split, a sentence a finding."""
-    lens = found[split]["seen"]
-    probe = found[split]["present"]
-    site = found["site"]
+def report(measured, split):
+    """What `inference_path` measured in one split at one stage, a sentence a finding."""
+    lens = measured[split]["seen"]
+    probe = measured[split]["present"]
+    site = measured["site"]
     swaps = site[split]
-    aim = found["aim"][split]
+    aim = measured["aim"][split]
     read = [probe[part]["best"] for part in PARTS if probe[part]["best"] is not None]
     begin = "Swapping the value at its site"
     if site["where"] == "spread":
@@ -600,13 +605,13 @@ def plot_maps(paths, part, loop_names):
     return figure
 
 
-def map_of(found, part, kind):
+def map_of(measured, part, kind):
     """(n, map) of a split of paths.json for one of the COLUMNS; the map is None without queries."""
     if kind == "present":
-        return found["present"]["n"], found["present"][part]["map"]
-    if kind in found["seen"][part]:
-        return found["seen"]["n"], found["seen"][part][kind]["map"]
-    swaps = found["used"][kind]
+        return measured["present"]["n"], measured["present"][part]["map"]
+    if kind in measured["seen"][part]:
+        return measured["seen"]["n"], measured["seen"][part][kind]["map"]
+    swaps = measured["used"][kind]
     return swaps["n"], swaps["redirected"][part] if swaps["n"] else None
 
 
@@ -627,11 +632,11 @@ def draw_map(axes, values, loop_names=None):
 def message(paths, part):
     """The title over the maps of one part: what the last stage says of the OOD queries."""
     stage = list(paths)[-1]
-    found = paths[stage]["test_ood"]
+    measured = paths[stage]["test_ood"]
     what = {"mixed": "What is mixed before the MLP", "state": "The state after the MLP"}[part]
-    shown = short(np.max(found["seen"][part]["bridge"]["map"]))
+    shown = short(np.max(measured["seen"][part]["bridge"]["map"]))
     said = f"{what}, at the {stage}: the lens sees at most {shown} of the OOD bridges at one site"
-    used = found["used"]["other_r2"]
+    used = measured["used"]["other_r2"]
     if used["n"] == 0:
         return f"{said}; no swap was measured, for none is answered rightly"
     redirected = short(np.max(used["redirected"][part]))

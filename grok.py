@@ -73,7 +73,7 @@ class TwoHopModel(nn.Module):
         return rms_norm(self.embedding)[tokens]
 
     def answer_position(self, tokens):
-        """(B,): the first blank, or in the causal layout the last token. So a fact asked alone is
+        """(B,): the first blank, or in the causal layout the last token. So a fact alone is
         answered where a composition has r2, or in the causal layout r1."""
         n_tokens = (tokens != self.blank).sum(1)
         return n_tokens - 1 if self.config.layout == "causal" else n_tokens

@@ -383,7 +383,9 @@ def test_what_is_no_data_file_is_refused(name, array, tmp_path):
 
 
 # ---------------------------------------------------------------- grok: the models
-E, R, BLANK = 12, 8, 20  # entities and relations of the smoke preset's world, and its blank
+E = 12      # entities of the smoke preset's world
+R = 8       # its relations
+BLANK = 20  # its blank
 SMALL = Config(d_model=16, batch_size=8, warmup=4, ema=0.9, atomic_share=0.25, decay=0.0,
                eval_every=3)
 BLANKED = dict(layout="bidirectional")
@@ -620,7 +622,10 @@ def test_loops_and_passes_share_their_parameters():
 def test_preset_paper_has_the_papers_number_of_parameters():
     """44.5 million, the paper's 44.6 but for what its halting head and its own extras hold."""
     config = Config(**PRESETS["paper"][2])
-    E, R, D, T = 2000, 200, 1536, 4 + 16
+    E = 2000
+    R = 200
+    D = 1536
+    T = 4 + 16
     embeddings = 2 * (E + R + 1) * D
     mixing = T * 8 * T + 4 * T * T
     mlp = 3 * D * (8 * D // 3)
@@ -672,7 +677,9 @@ def test_training_rows_are_the_facts_then_the_training_compositions(layout):
     fact_rows = {}
     composition_rows = {}
     for number, (row, t) in enumerate(zip(tokens.tolist(), answers.tolist())):
-        h, r1, r2 = row[0], row[1] - E, row[2] - E
+        h = row[0]
+        r1 = row[1] - E
+        r2 = row[2] - E
         if number < n_facts:
             assert set(row[2:]) == {BLANK}
             fact_rows[h, r1] = t

@@ -465,11 +465,10 @@ def new_facts_cells(runs):
     what r2 alone gives."""
     cells = {}
     for group, members in tuned_groups(runs):
-        chances = {split: Cell([get(run.inside, f"r2_alone {split}") for run in members])
-                   for split in NEW}
-        for split, chance in chances.items():
+        for split in NEW:
             if split in members[0].history[-1]["accuracy"]:
-                cells[group, "r2_alone", split] = chance
+                guesses = [get(run.inside, f"r2_alone {split}") for run in members]
+                cells[group, "r2_alone", split] = Cell(guesses)
         last = members[0].config.steps
         for when, step in (("500", 500), ("2000", 2000), ("end", last)):
             for split in members[0].history[-1]["accuracy"]:

@@ -78,8 +78,8 @@ def r2_alone(world, splits):
 
 
 def look_at_new_facts(model, world, splits):
-    """{"site", "aim": {split: see `aim_and_store`}} of a model that was fine-tuned: the site of the
-    bridge and the codes are those of the training compositions; then the splits with new facts are tried."""
+    """{"site", "aim": {split: see `aim_and_store`}} of a model that was fine-tuned. Site and codes
+    are those of the training compositions; with them the splits with new facts are tried."""
     rng = np.random.default_rng(0)
     old = splits["train_inferred"].take(rng.permutation(len(splits["train_inferred"].h)))
     half = min(2000, len(old.h) // 2)

@@ -133,6 +133,11 @@ def read_json(path):
 
 
 # ---------------------------------------------------------------- what the pictures share
+def mean_of(seeds, key):
+    """The mean over seeds, each a dict, of what they have under this key; see `mean`."""
+    return mean(seed[key] for seed in seeds)
+
+
 def mean(values):
     """The mean of those that were measured; nan if none was."""
     measured = [value for value in values if value is not None]
@@ -225,7 +230,13 @@ def height_of(item):
 SITE = (2, "mixed", 2)     # counted from 0: what is mixed in loop 3 at r2, just before the MLP
 COLUMNS = (11, 21, 31, 41)          # x of the four tokens
 LOOPS = (10.5, 22.3, 34.1, 45.9)    # y of the lower edges of the four loops
-BAR, MIXED, PLUS, MLP, STATE, TOP = 1.6, 4.0, 6.0, 8.0, 9.8, 10.8  # heights within a loop
+# heights within a loop
+BAR = 1.6
+MIXED = 4.0
+PLUS = 6.0
+MLP = 8.0
+STATE = 9.8
+TOP = 10.8
 
 
 def box(axes, x, y, text, color="white", width=7.0, height=3.2, size=9):
@@ -284,7 +295,7 @@ def draw_facts(axes, left, question, entities, relations, notes, color):
 
 
 def draw_input(axes):
-    """The four tokens, and the way of the input into every loop."""
+    """The four tokens, and the path of the input into every loop."""
     for x, word, name in zip(COLUMNS, ("Ada", "mother", "city", "_"), POSITIONS):
         box(axes, x, 6, word)
         axes.text(x, 3.2, name, ha="center", va="center", color="0.4")
@@ -416,7 +427,7 @@ def draw_aims(axes, aims):
     """A stacked bar a stage, {stage: [aim_and_store of a seed]}, and each seed's levels."""
     names = []
     for x, (stage, seeds) in enumerate(aims.items()):
-        levels = [mean(aim[level] for aim in seeds) for level in LEVELS] + [1.0]
+        levels = [mean_of(seeds, level) for level in LEVELS] + [1.0]
         bottom = 0.0
         for level, color in zip(levels, BAR_PARTS.values()):
             top = max(bottom, level)  # a step that mends nothing, or less than nothing, has no part
@@ -439,7 +450,8 @@ def say_gains(group, aims):
     """What happens between the fit and the end, in words."""
     told = []
     for key, verb in (("own_code", "stores hop 2"), ("nearest_right", "aims hop 1")):
-        before, after = (mean(aim[key] for aim in aims[stage]) for stage in ("fit", "end"))
+        before = mean_of(aims["fit"], key)
+        after = mean_of(aims["end"], key)
         if after - before >= 0.1:
             told.append(f"{verb} ({short(before)} to {short(after)})")
     done = " and ".join(told) or "neither stores hop 2 nor aims hop 1"
@@ -457,7 +469,7 @@ def film(runs):
     for key, name, color in (("own_code", "store: the right\ncode is answered", PURPLE),
                              ("nearest_right", "aim: the nearest\ncode is right", GREEN),
                              ("as_is", "answered as it is", BLUE)):
-        curves[name] = (color, [[frame["test_ood"][key] for frame in frames] for frames in films])
+        curves[name] = (color, [curve_of(frames, key) for frames in films])
     draw_curves(axes, steps, curves)
     fits = [first_step(run.history, 0.99, "train_inferred") or steps[0] for run in group]
     axes.axvspan(min(fits) - 8, max(fits) + 8, color="0.85", linewidth=0, zorder=0)
@@ -469,6 +481,11 @@ def film(runs):
                 f"({rise(aim)}); the answers {'stay below both' if below else 'go'} "
                 f"({rise(answer)})")
     return figure
+
+
+def curve_of(frames, key):
+    """One number of the OOD questions along a film."""
+    return [frame["test_ood"][key] for frame in frames]
 
 
 def rise(curve):
@@ -493,9 +510,9 @@ def kind_of(run):
 def seen_and_used(run):
     """{"seen", "seen_chance", "used", "used_chance"} of the OOD questions at the end; None if one
     of them was not measured."""
-    found = run.inside["end"]
-    lens = found["test_ood"]["seen"]["paper"]
-    swaps = found["site"]["test_ood"]
+    measured = run.inside["end"]
+    lens = measured["test_ood"]["seen"]["paper"]
+    swaps = measured["site"]["test_ood"]
     shares = {"seen": lens["any"], "seen_chance": lens["any_chance"], "used": swaps["donor"],
               "used_chance": swaps["noise"]}
     return None if None in shares.values() else shares
@@ -572,10 +589,10 @@ def seen_used_bars(runs):
     axes = figure.subplots()
     spans = {}
     for key, shift, color in (("seen", -0.2, ORANGE), ("used", 0.2, BLUE)):
-        spans[key] = span([mean(seed[key] for seed in seeds) for seeds in shares.values()])
+        spans[key] = span([mean_of(seeds, key) for seeds in shares.values()])
         for x, seeds in enumerate(shares.values()):
             draw_bar(axes, x + shift, [seed[key] for seed in seeds], color,
-                     mean(seed[f"{key}_chance"] for seed in seeds))
+                     mean_of(seeds, f"{key}_chance"))
     show_shares(axes)
     names = [name_of(regime, seeds).replace(", ", "\n") for regime, seeds in shares.items()]
     axes.set_xticks(range(len(shares)), names)
@@ -806,13 +823,13 @@ def recursion(runs):
     """The paper's recursion unrolled: what its lens sees after every pass, what a swap redirects
     at every site inside."""
     run = runs.needed("trm/both_full", "paths.json")[0]
-    found = read_json(run.folder / "paths.json")["end"]
-    used = found["test_ood"]["used"]["other_r2"]
+    measured = read_json(run.folder / "paths.json")["end"]
+    used = measured["test_ood"]["used"]["other_r2"]
     if not used["n"]:
         raise Absent(f"no swap in {run.name} (0 queries)")
     config = run.config
     shares = np.stack([used["redirected"][part] for part in PARTS], axis=1)  # (n_loops, 2, T)
-    lens = np.array(found["test_ood"]["seen"]["state"]["bridge"]["map"])     # (n_loops, T)
+    lens = np.array(measured["test_ood"]["seen"]["state"]["bridge"]["map"])     # (n_loops, T)
     figure = Figure((WIDTH, 1.2 + 1.9 * config.n_cycles), layout="constrained")
     passes = figure.subplots(config.n_cycles, config.n_low + 1, squeeze=False).ravel()
     for number, axes in enumerate(passes):
@@ -824,7 +841,7 @@ def recursion(runs):
             axes.set_yticks([])
             axes.annotate("", (-0.03, 0.5), (-0.21, 0.5), xycoords="axes fraction",
                           arrowprops=dict(arrowstyle="-|>", color="0.3"))
-    for loop, part, position in found["site"]["sites"]:
+    for loop, part, position in measured["site"]["sites"]:
         number, block = divmod(loop, config.n_blocks)
         corner = (block * len(PARTS) + PARTS.index(part) - 0.5, position - 0.5)
         passes[number].add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black",
@@ -836,7 +853,7 @@ def recursion(runs):
         Patch(facecolor="none", edgecolor="black", linewidth=2.5, label="the site of the bridge"),
         Line2D([], [], color="0.3", label="between the two blocks of a pass")],
         loc="outside lower center", ncols=2)
-    set_message(figure, say_recursion(config, found))
+    set_message(figure, say_recursion(config, measured))
     return figure
 
 
@@ -862,10 +879,10 @@ def draw_pass(axes, shares, seen):
     axes.spines[:].set_visible(True)
 
 
-def say_recursion(config, found):
+def say_recursion(config, measured):
     """The message of `recursion`."""
-    lens = found["test_ood"]["seen"]["paper"]
-    site = found["site"]
+    lens = measured["test_ood"]["seen"]["paper"]
+    site = measured["site"]
     names = []
     is_read = []
     for loop, part, _ in site["sites"]:
@@ -911,8 +928,10 @@ def measure_frames(folder, n=100):
     if abs(answer - history[-1]["accuracy"]["test_ood"]) > 1e-4:
         raise BadInput(f"{folder}: trained anew it ends otherwise; this machine rounds otherwise")
     content = io.BytesIO()
-    np.savez_compressed(content, **{name: np.array([frame[name] for frame in frames])
-                                    for name in frames[0]})
+    arrays = {}
+    for name in frames[0]:
+        arrays[name] = np.array([frame[name] for frame in frames])
+    np.savez_compressed(content, **arrays)
     write_file(folder / "frames.npz", content.getvalue())
 
 
@@ -944,7 +963,7 @@ def scene(frames, i):
     _, n_loops, n_parts, T = frames["used"].shape
     site = np.unravel_index(frames["used"][-1].argmax(), frames["used"][-1].shape)
     loop, part, position = site
-    names = [f"loop {number + 1}, {name}" for number in range(n_loops) for name in PARTS]
+    names = [f"loop {number + 1}, {name}" for number, name in product(range(n_loops), PARTS)]
     for left, (key, (title, shades)) in zip((0.13, 0.60), MAPS.items()):
         axes = figure.add_axes([left, 0.09, 0.37, 0.68], title=title)
         axes.imshow(frames[key][i].reshape(n_loops * n_parts, T), vmin=0, vmax=1, cmap=shades,

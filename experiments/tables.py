@@ -212,7 +212,9 @@ def all_files(root):
         if table not in NO_CSV:
             files[f"tables/{table}.csv"] = csv_of_cells(book, table)
     columns = ["run", "preset", *RUN_COLUMNS, "class"]
-    rows = [[row[column] for column in columns] for row in book.rows]
+    rows = []
+    for row in book.rows:
+        rows.append([row[column] for column in columns])
     files["tables/runs.csv"] = write_csv(columns, rows)
     paper = [[*keys, number, source] for keys, (number, source) in PAPER.items()]
     files["tables/paper.csv"] = write_csv(["runs", "measure", "number", "source"], paper)

@@ -21,9 +21,9 @@ MAP_STEPS = 3000
 
 
 # ---------------------------------------------------------------- what the checks share
-def verdict(right, found, missing):
-    """Print what was found if the answer is right, else what is missing."""
-    print(f"right: {found}" if right else f"not yet: {missing}")
+def verdict(right, result, missing):
+    """Print the result if the answer is right, else what is missing."""
+    print(f"right: {result}" if right else f"not yet: {missing}")
 
 
 @lru_cache
@@ -80,19 +80,20 @@ def own_facts(facts, left_out, n_questions):
     is_ood = np.array([fact in chosen for fact in named])
     first, second = data.compositions(world)
     bridges = world.facts[first, 2]
-    asked = is_ood[first] & is_ood[second]
+    is_ood_question = is_ood[first] & is_ood[second]
     trained = ~is_ood[first] & ~is_ood[second]
     if len(named) < 8:
         return verdict(False, "", f"{len(named)} facts; write eight or more")
-    if is_ood.sum() != 2 or not asked.any():
+    if is_ood.sum() != 2 or not is_ood_question.any():
         return verdict(False, "", "left_out are two of your facts, and the second begins where the "
                        "first one ends")
-    if not np.isin(bridges[asked], bridges[trained]).any():
+    if not np.isin(bridges[is_ood_question], bridges[trained]).any():
         return verdict(False, "", "no chain of two other facts goes through this bridge: more than "
                        "the pair would be new")
     verdict(close(n_questions, len(first)),
-            f"{len(first)} questions, of which {asked.sum()} OOD. Joined by tabs, a fact a line, "
-            "your facts are a file for python grok.py --facts (which needs many more of them)",
+            f"{len(first)} questions, of which {is_ood_question.sum()} OOD. Joined by tabs, a "
+            "fact a line, your facts are a file for python grok.py --facts (which needs many more "
+            "of them)",
             "count again: every fact goes on with every fact of its tail")
 
 

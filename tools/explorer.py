@@ -5,7 +5,8 @@
 "In which city does Ada's mother live?" is answered through Bea. The page shows what the logit lens
 reads at every site, and a click puts in what the model holds there while it answers "In which
 street does Carl's boss live?". If the answer becomes the city of Dora, his boss, that site carries
-the bridge. The page is tools/explorer.html with the data of the runs put in; it loads nothing.
+the bridge. The page loads nothing; it is figures/explorer.html with the data of these runs put in
+place of those that are there.
 """
 import base64
 import json
@@ -27,6 +28,7 @@ from grok import (WEIGHTS, Parser, first_step, load_run, read_run, run_command, 
                   write_file)
 
 HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "figures" / "explorer.html"
 SHIPPED = HERE.parent / "runs" / "shipped"
 DEFAULT = (SHIPPED / "small" / "second_full" / "seed0",  # used, and hardly seen
            SHIPPED / "tiny" / "natural" / "seed0")       # used, and seen
@@ -299,10 +301,16 @@ def make_page(folders, notebook="../tutorial.ipynb"):
         runs.append(run)
     data = json.dumps({"runs": runs, "notebook": notebook}, separators=(",", ":"))
     data = data.replace("<", "\\u003c")  # so that no name can close the element it stands in
-    template = (HERE / "explorer.html").read_text(encoding="utf-8")
-    page = template.replace("@DATA@", data).encode()
+    page = put_in(PAGE.read_text(encoding="utf-8"), data).encode()
     check_size(", ".join(str(folder) for folder in folders), len(page))
     return page
+
+
+def put_in(page, data):
+    """The page with other data, a JSON text, in the element that holds them."""
+    before, begin, rest = page.partition('<script type="application/json" id="data">')
+    _, end, after = rest.partition("</script>")
+    return before + begin + data + end + after
 
 
 def main(argv=None):
