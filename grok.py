@@ -704,14 +704,14 @@ def check_training(config):
 
 PRESETS = {  # name: (what it is for, how long it takes, settings)
     "tiny": ("the quick look", "1 to 2 minutes on two CPU cores", {}),
-    "small": ("the paper's conditions in small, on the teaching model", "2 minutes",
+    "small": ("the paper's conditions in small, on the teaching model", "2 to 3 minutes",
               dict(layout="bidirectional", mixing="tokens", tied=False, copy=True, min_loops=4,
                    d_model=96, logit_scale=0.9, atomic_share=0.2, decay=0.0, steps=3000)),
     "trm": ("the same with the paper's own recursion", "5 to 10 minutes",
             dict(model="recursive", layout="bidirectional", mixing="tokens", tied=False, copy=True,
                  n_blocks=2, d_model=96, atomic_share=0.2, lr=3e-3, decay=0.0, bf16=True,
                  steps=3000)),
-    "tune": ("new facts for the run that --start names, which implies it", "half a minute",
+    "tune": ("new facts for the run that --start names, which implies it", "a minute",
              dict(new_facts=140, kept=0.21, lr=2e-3, decay=0.0, steps=500, eval_every=50)),
     "smoke": ("nothing but a test", "seconds",
               dict(n_entities=12, n_relations=8, out_degree=6, ood_fraction=0.2, phi=4.0,

@@ -472,9 +472,9 @@ def new_facts_cells(runs):
         last = members[0].config.steps
         for when, step in (("500", 500), ("2000", 2000), ("end", last)):
             for split in members[0].history[-1]["accuracy"]:
-                chance = chances[split].mean if split in chances else None
+                guess = cells.get((group, "r2_alone", split), NOTHING)
                 shares = [share_at(run, step, split) for run in members]
-                cells[group, when, split] = Cell(shares, chance=chance)
+                cells[group, when, split] = Cell(shares, chance=guess.mean)
         cells[group, "end", "steps"] = Cell([last], "count")
     return cells
 

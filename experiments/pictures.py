@@ -13,6 +13,7 @@ import io
 import json
 import sys
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from textwrap import wrap
 
@@ -381,19 +382,19 @@ def say_when(fits, answers):
     """The message of `hero`, from the steps of the fit and of nine OOD answers in ten."""
     if None in fits:
         return f"{fits.count(None)} of {len(fits)} seeds do not fit their training"
-    known = f"It knows every training answer at step {span(fits, whole)}"
+    known = f"It has fitted its training at step {span(fits, whole)}"
     waits = [step - fit for fit, step in zip(fits, answers) if step is not None]
     if not waits:
-        return f"{known}; pairs it never saw have not come when training ends"
+        return f"{known}; pairs of OOD facts have not come when training ends"
     where = "" if len(waits) == len(fits) else f", in {len(waits)} of {len(fits)} seeds"
-    return f"{known}; pairs it never saw come {span(waits, whole)} steps later{where}"
+    return f"{known}; pairs of OOD facts come {span(waits, whole)} steps later{where}"
 
 
 # ---------------------------------------------------------------- store and aim
 LEVELS = ("as_is", "snapped", "own_code")  # of analyze.aim_and_store
 BAR_PARTS = {"answered as it is": BLUE,
-                  "+ the nearest code put in: without the noise": SKY,
-                  "+ the right code put in: hop 1 missed it": GREEN,
+                  "+ the nearest code put in": SKY,
+                  "+ the right code put in": GREEN,
                   "not even then: hop 2 is not stored": "0.88"}
 
 
@@ -449,13 +450,13 @@ def draw_aims(axes, aims):
 def say_gains(group, aims):
     """What happens between the fit and the end, in words."""
     told = []
-    for key, verb in (("own_code", "stores hop 2"), ("nearest_right", "aims hop 1")):
+    for key, verb, hop in (("own_code", "store", "hop 2"), ("nearest_right", "aim", "hop 1")):
         before = mean_of(aims["fit"], key)
         after = mean_of(aims["end"], key)
-        if after - before >= 0.1:
-            told.append(f"{verb} ({short(before)} to {short(after)})")
-    done = " and ".join(told) or "neither stores hop 2 nor aims hop 1"
-    return f"{group.replace('/', ', ').replace('_', ' ')}: training on after the fit {done}"
+        does = f"{verb}s" if after - before >= 0.1 else f"does not {verb}"
+        told.append(f"{does} {hop} ({short(before)} to {short(after)})")
+    name = group.replace("/", ", ").replace("_", " ")
+    return f"{name}: after the fit it {' and '.join(told)}"
 
 
 def film(runs):
@@ -680,13 +681,9 @@ def say_map(maps):
     if np.isnan(list(gains.values())).any():
         n_cells = int(np.isfinite(maps["answer"]).sum())
         return f"Answer, aim, store and lens in {n_cells} of {maps['answer'].size} cells"
-    text = (f"the aim gains {signed(gains['aim', 1])} from hop 1's and {signed(gains['aim', 2])} "
-            f"from hop 2's, the store {signed(gains['store', 1])} and "
-            f"{signed(gains['store', 2])}")
-    if (gains["aim", 1] > 2 * abs(gains["aim", 2])
-            and gains["store", 2] > 2 * abs(gains["store", 1])):
-        return f"Supervision mends the hop it is given to: {text}"
-    return f"With full supervision {text}"
+    return (f"Supervising all of hop 1 adds {signed(gains['aim', 1])} to its aim and "
+            f"{signed(gains['store', 1])} to the store of hop 2; supervising all of hop 2 adds "
+            f"{signed(gains['aim', 2])} and {signed(gains['store', 2])} (means)")
 
 
 def signed(number):
@@ -695,9 +692,10 @@ def signed(number):
 
 
 # ---------------------------------------------------------------- new facts
-SERVED = {"new_old": ("new + old", BLUE), "old_new": ("old + new", GREEN),
-          "new_new": ("new + new", ORANGE)}
-EXPOSED = {"exposed_old": ("exposed + old", BLUE), "old_exposed": ("old + exposed", GREEN)}
+SERVED = {"new_old": ("new fact\nas hop 1", BLUE), "old_new": ("new fact\nas hop 2", GREEN),
+          "new_new": ("both new", ORANGE)}
+EXPOSED = {"exposed_old": ("exposed fact\nas hop 1", BLUE),
+           "old_exposed": ("exposed fact\nas hop 2", GREEN)}
 
 
 def new_facts(runs):
@@ -721,8 +719,9 @@ def new_facts(runs):
         ends.setdefault(share, {})[name] = (color, means[split][share])
     for share, names in ends.items():
         label_ends(axes, share, names)
-    key = {"new fact not exposed": {"marker": "o"},
-           "new fact exposed": {"marker": "o", "markerfacecolor": "white", "linestyle": "--"}}
+    dot = {"marker": "o", "linestyle": ""}
+    key = {"new fact, not exposed": dot,
+           "new fact, exposed": {**dot, "markerfacecolor": "white"}}
     for share, group in groups.items():
         draw_r2_alone(axes, runs.those_with("r2_alone", group), (share - 0.02, share + 0.02), key)
     add_key(axes, key)
@@ -890,7 +889,7 @@ def say_recursion(config, measured):
         is_read.append(part == "state" and (loop + 1) % config.n_blocks == 0)
     place = ("after " if any(is_read) else "inside ") + " and ".join(dict.fromkeys(names))
     seen = f"{short(lens['any'])} of the bridges (chance {short(lens['any_chance'])})"
-    return (f"In the paper's recursion the lens looks after every pass, and sees {seen} there; a "
+    return (f"In the paper's recursion the lens looks after every pass, and sees {seen} over all of them; a "
             f"swap {place} redirects {short(site['test_ood']['donor'])} of the answers")
 
 

@@ -261,12 +261,12 @@ def test_it_runs_as_a_script_from_anywhere(root, tmp_path):
 # ---------------------------------------------------------------- what the pictures say
 def test_messages_are_those_of_the_numbers(figures):
     said = {file: message_of(figure) for file, figure in figures.items()}
-    assert said["hero.png"] == ("It knows every training answer at step 2,000; pairs it never saw "
+    assert said["hero.png"] == ("It has fitted its training at step 2,000; pairs of OOD facts "
                                 "come 2,000 steps later")
     assert said["store_aim.png"] == (
-        "small, natural: training on after the fit stores hop 2 (.10 to .90) and aims hop 1 (.30 "
-        "to .80); small, second full: training on after the fit stores hop 2 (.10 to .90) and "
-        "aims hop 1 (.30 to .80)")
+        "small, natural: after the fit it stores hop 2 (.10 to .90) and aims hop 1 (.30 to .80); "
+        "small, second full: after the fit it stores hop 2 (.10 to .90) and aims hop 1 (.30 to "
+        ".80)")
     assert said["film.png"] == ("After the fit hop 2 gets stored (.10 to .85) and hop 1 aimed (.30 "
                                 "to .75); the answers stay below both (.00 to .30)")
     # 3 of tiny, 15 of small, 16 of the map, whose corners are runs of small, 1 of trm, 1 dial
@@ -276,8 +276,8 @@ def test_messages_are_those_of_the_numbers(figures):
     assert said["seen_used_bars.png"] == (
         "Regime by regime of small, a swap redirects .89 of the right OOD answers; the lens sees "
         ".10 of the bridges")
-    assert said["map.png"] == ("Supervision mends the hop it is given to: the aim gains +.50 from "
-                               "hop 1's and +.00 from hop 2's, the store +.00 and +.40")
+    assert said["map.png"] == ("Supervising all of hop 1 adds +.50 to its aim and +.00 to the store "
+                               "of hop 2; supervising all of hop 2 adds +.00 and +.40 (means)")
     assert said["new_facts.png"] == (
         "With .50 of the new facts exposed, the others serve hop by hop (.60 as hop 1, .60 as hop "
         "2); two of them are hardly chained (.10)")
@@ -286,24 +286,25 @@ def test_messages_are_those_of_the_numbers(figures):
         "1 (.50 against .20); two of them are chained in .06 at most")
     assert said["recursion.png"] == (
         "In the paper's recursion the lens looks after every pass, and sees .21 of the bridges "
-        "(chance .19) there; a swap inside z_H pass 2 redirects .98 of the answers")
+        "(chance .19) over all of them; a swap inside z_H pass 2 redirects .98 of the answers")
 
 
 def test_messages_do_not_say_what_is_not_so():
     assert pictures.say_when([700, None], [900, None]) == ("1 of 2 seeds do not fit their training")
     assert pictures.say_when([700, 800], [None, 2000]) == (
-        "It knows every training answer at step 700 to 800; pairs it never saw come 1,200 steps "
+        "It has fitted its training at step 700 to 800; pairs of OOD facts come 1,200 steps "
         "later, in 1 of 2 seeds")
     assert "have not come" in pictures.say_when([700], [None])
     waiting = {stage: [{"own_code": 0.1, "nearest_right": 0.3}] for stage in ("fit", "end")}
     assert pictures.say_gains("trm/natural", waiting) == (
-        "trm, natural: training on after the fit neither stores hop 2 nor aims hop 1")
+        "trm, natural: after the fit it does not store hop 2 (.10 to .10) and does not aim hop 1 "
+        "(.30 to .30)")
     maps = dict.fromkeys(pictures.PANELS, np.full((5, 5), np.nan))
     maps["answer"] = np.where(np.eye(5) > 0, 0.5, np.nan)
     assert pictures.say_map(maps) == "Answer, aim, store and lens in 5 of 25 cells"
     alike = np.add.outer(np.arange(5.0), np.arange(5.0)) / 10
     assert pictures.say_map({"answer": alike, "aim": alike, "store": alike}).startswith(
-        "With full supervision the aim gains +.40 from hop 1's and +.40 from hop 2's")
+        "Supervising all of hop 1 adds +.40 to its aim and +.40 to the store of hop 2")
 
 
 @pytest.mark.parametrize("regime", REGIMES)

@@ -149,8 +149,8 @@ def test_with_every_run_of_the_plan_no_place_of_the_page_is_empty(whole, capsys)
     page = files["README.md"].decode()
     for lacking in ("no run yet", "not measured", "open |", "{", "}", "@", "| = |", "Left out"):
         assert lacking not in page, lacking
-    words = [word for word in page.split() if re.search("[A-Za-z]", word)]
-    assert len(words) <= 4000
+    words = [word for word in page.split() if re.search("[A-Za-z0-9]", word)]
+    assert len(words) <= 4000  # numbers count, the lines of tables do not
     tables.name_the_rest(book)
     assert capsys.readouterr().err == ""  # every group of the plan is in a table
 
@@ -183,7 +183,9 @@ def test_no_number_of_ours_stands_in_the_words_of_the_page():
     template = re.sub(r"\{[^}]*\}", "", (tables.HERE / "page.md").read_text(encoding="utf-8"))
     prose = [line for line in template.splitlines() if not line.startswith(("|", "!"))]
     shares = set(re.findall(r"(?<![\w.])\.\d+", "\n".join(prose)))
-    assert shares <= {".1", ".21", ".8", ".9", ".95", ".99"}
+    predicted = (tables.HERE / "PREDICTIONS.md").read_text(encoding="utf-8")
+    levels = set(re.findall(r"(?<![\w.])\.\d+", predicted))
+    assert shares <= levels | {".1", ".21", ".8", ".9", ".95", ".99"}
 
 
 def test_lines_between_when_and_end_stand_only_with_that_verdict(write):
