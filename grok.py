@@ -556,11 +556,11 @@ def interrupts_counted():
     if threading.current_thread() is not threading.main_thread():
         yield interrupts  # only the main thread may say what Ctrl-C does
         return
-    usual = signal.signal(signal.SIGINT, count)
+    previous = signal.signal(signal.SIGINT, count)
     try:
         yield interrupts
     finally:
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGINT, previous)
 
 
 def save_evaluation(trainer, folder):
@@ -668,9 +668,9 @@ def check_model(config):
     """Refuse settings of the model that do not go together, or would be ignored."""
     not_used_by = {"looped": ("n_low", "n_cycles", "slots"),
                    "recursive": ("n_loops", "min_loops", "logit_scale")}
-    usual = {item.name: item.default for item in fields(Config)}
+    defaults = {item.name: item.default for item in fields(Config)}
     for name in not_used_by[config.model]:
-        if getattr(config, name) != usual[name]:
+        if getattr(config, name) != defaults[name]:
             raise BadInput(f"{name} = {getattr(config, name)}: model = {config.model} has none")
     is_paper_like = (config.layout == "bidirectional" and config.mixing == "tokens"
                      and config.copy and not config.tied)
@@ -693,12 +693,12 @@ def check_training(config):
     if config.atomic_share > 0 and not 0 < n_atomic < config.batch_size:
         raise BadInput(f"atomic_share = {config.atomic_share:g}: a batch of {config.batch_size} "
                        f"would have {n_atomic} facts; must leave room for both kinds, or be 0")
-    usual = {item.name: item.default for item in fields(Config)}
+    defaults = {item.name: item.default for item in fields(Config)}
     for name in ("kept", "exposed", "exposed_k"):
         value = getattr(config, name)
-        if value != usual[name] and not config.new_facts:
+        if value != defaults[name] and not config.new_facts:
             raise BadInput(f"{name} = {value:g}: needs new_facts above 0")
-    if config.k != usual["k"] and not config.hop1 and not config.hop2:
+    if config.k != defaults["k"] and not config.hop1 and not config.hop2:
         raise BadInput(f"k = {config.k}: needs hop1 or hop2 above 0")
 
 
@@ -905,6 +905,8 @@ def take_start(start, given):
     files = {}
     if config.facts:
         files[config.facts] = read_bytes(start / config.facts)
+    if weights == "end" and not is_finished(start):
+        raise BadInput(f"start = {start}: is not finished; --weights fit takes those at the fit")
     if weights != "none":
         load_run(start, weights)  # what does not fit is refused before anything is written
         files["start.pt"] = read_bytes(start / f"{weights}.pt")
@@ -998,8 +1000,8 @@ def main(argv=None):
     def body():
         given = parse(argv)
         config, files = settle(given)
-        usual = Path("runs", config.preset, regime_name(config), f"seed{config.seed}")
-        folder = Path(given["out"] or usual)
+        default = Path("runs", config.preset, regime_name(config), f"seed{config.seed}")
+        folder = Path(given["out"] or default)
         say(f"{config.preset}, {regime_name(config)}, on {config.device} with "
             f"{torch.get_num_threads()} threads, in {folder.as_posix()}")
         if steps_done(folder, config, files) == config.steps:

@@ -1291,6 +1291,13 @@ def test_a_run_starts_from_the_weights_and_world_of_another(weights, here, capsy
     refuses([*TUNED, "--start", "new"], "start = new: has new facts already", capsys)
 
 
+def test_the_end_of_a_run_that_is_not_finished_is_no_start(here, capsys):
+    lines = Path("run/metrics.jsonl").read_bytes().splitlines(keepends=True)
+    Path("run/metrics.jsonl").write_bytes(b"".join(lines[:-1]))
+    refuses([*TUNED, "--out", "new"], "start = run: is not finished; --weights fit", capsys)
+    assert not Path("new").exists()
+
+
 def test_a_start_that_is_trained_further_or_deleted_changes_nothing(here):
     assert grok.main([*TUNED, "--out", "new"]) == 0
     before = measured("new")

@@ -33,6 +33,7 @@ if not __package__:  # started as a script, `python experiments/pictures.py`, fr
 from analyze import (POSITIONS, check_writable, logit_lens, name_positions, other_r2, patch_map,
                      short, values_of)
 from data import REGIMES, BadInput, read_bytes, reading
+from experiments.book import share_at
 from grok import (PARTS, Config, Parser, Trainer, first_step, make_data, name_loops, read_run,
                   run_command, say, to_tokens, write_file)
 
@@ -729,14 +730,6 @@ def new_facts(runs):
     axes.set_xlim(-0.04, max(groups) * 1.3)
     set_message(figure, say_exposure(means))
     return figure
-
-
-def share_at(run, step, split):
-    """The share of a split that a run answers at a step; None where it has no such queries."""
-    for line in run.history:
-        if line["step"] == step:
-            return line["accuracy"].get(split)
-    return None
 
 
 def draw_exposure(axes, groups, step, split, color):

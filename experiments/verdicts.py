@@ -268,6 +268,57 @@ def predict_trm_waits(book):
     return min(below), "share"
 
 
+def predict_worlds(book, measure):
+    """How far the two other worlds are from the first one's mean, at most, at the end."""
+    path = f"end test_ood {measure}"
+    mean = book.need(f"aim_and_store small/natural {path}").mean
+    away = []
+    for world in ("natural_data1", "natural_data2"):
+        cell = book.need(f"aim_and_store worlds/{world} {path}")
+        away.extend(abs(value - mean) for value in cell.have)
+    return max(away), "share"
+
+
+def predict_worlds_aim(book):
+    return predict_worlds(book, "nearest_right")
+
+
+def predict_worlds_store(book):
+    return predict_worlds(book, "own_code")
+
+
+def predict_worlds_used(book):
+    """What a swap redirects in the worse of the two other worlds."""
+    return min(book.need(f"swaps worlds/{world} end test_ood donor").least
+               for world in ("natural_data1", "natural_data2")), "share"
+
+
+def cells_against(book, phis, expected):
+    """How many cells of the map of plain data, with these phi, are not of an expected class."""
+    against = 0
+    for phi, ood in product(phis, ("0.06", "0.125", "0.25")):
+        said = book.need(f"data {phi} {ood}").values[0]
+        against += not said.startswith(expected)
+    return against, "count"
+
+
+def predict_data_few(book):
+    return cells_against(book, (3,), "memorises")
+
+
+def predict_data_many(book):
+    return cells_against(book, (9, 12, 18), "a circuit")
+
+
+def predict_data_all(book):
+    """How many cells have a circuit for all facts with phi below 12, or more than .06 OOD facts."""
+    against = 0
+    for phi, ood in product((3, 6, 9, 12, 18), ("0.06", "0.125", "0.25")):
+        is_for_all = book.need(f"data {phi} {ood}").values[0].startswith("a circuit for all")
+        against += is_for_all and (phi < 12 or ood != "0.06")
+    return against, "count"
+
+
 PREDICTIONS = {  # name: (the number that decides, rule, level); written down in PREDICTIONS.md
     "map_aim": (predict_aim, "at most", 0.15),
     "map_store": (predict_store, "at most", 0.15),
@@ -280,6 +331,12 @@ PREDICTIONS = {  # name: (the number that decides, rule, level); written down in
     "trm_unseen": (predict_trm_unseen, "at most", 0.05),
     "trm_used": (predict_trm_used, "at least", 0.8),
     "trm_waits": (predict_trm_waits, "at least", 0),
+    "worlds_aim": (predict_worlds_aim, "at most", 0.15),
+    "worlds_store": (predict_worlds_store, "at most", 0.15),
+    "worlds_used": (predict_worlds_used, "at least", 0.8),
+    "data_few": (predict_data_few, "at most", 0),
+    "data_many": (predict_data_many, "at most", 0),
+    "data_all": (predict_data_all, "at most", 0),
 }
 
 
