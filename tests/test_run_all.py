@@ -347,9 +347,11 @@ def planned(tmp_path_factory):
 
 
 def write_settings(folder, config):
-    """A run folder with these settings, and weights that are empty."""
+    """The folder of a finished run with these settings, and weights that are empty."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(asdict(config)), encoding="utf-8")
+    last = {"step": config.steps}
+    (folder / "metrics.jsonl").write_text(json.dumps(last) + "\n", encoding="utf-8")
     for weights in grok.WEIGHTS:
         (folder / f"{weights}.pt").touch()
 
