@@ -350,7 +350,7 @@ def write_settings(folder, config):
     """The folder of a finished run with these settings, and weights that are empty."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(asdict(config)), encoding="utf-8")
-    last = {"step": config.steps}
+    last = {"step": config.steps, "accuracy": {}, "lens": {}}
     (folder / "metrics.jsonl").write_text(json.dumps(last) + "\n", encoding="utf-8")
     for weights in grok.WEIGHTS:
         (folder / f"{weights}.pt").touch()
