@@ -57,19 +57,23 @@ def values_of(model, tokens):
     return {part: torch.cat(values, dim=1) for part, values in batches.items()}
 
 
-def logit_lens(model, tokens, first=None):
+def logit_lens(model, tokens, first=None, turned=False):
     """The top-1 token at every site, {part: (n_loops, N, T)}: the lens of the paper, Section 4.
     With `first` only so many tokens compete; with n_entities the entities alone, so that a site
-    that shows its own relation loudest still shows which entity comes next."""
+    that shows its own relation loudest still shows which entity comes next. With the lens `turned`
+    it is the last token: a value may as well point away from what it means."""
+    sign = -1 if turned else 1
     values = values_of(model, tokens)
-    return {part: model.unembed(values[part])[..., :first].argmax(-1) for part in PARTS}
+    return {part: (sign * model.unembed(values[part])[..., :first]).argmax(-1) for part in PARTS}
 
 
 def seen(model, world, queries):
     """What the lens shows of Queries, which have to come in random order (for the chance level).
 
-    {"n", "left_out", part: {"bridge", "entity", "answer": rates}, "paper": {"any", "any_chance"}}
-    "bridge": it is top-1 of all tokens; "entity": of the entities; "answer": of all tokens again.
+    {"n", "left_out", part: {"bridge", "entity", "last_entity", "answer": rates},
+     "paper": {"any", "any_chance"}}
+    "bridge": it is top-1 of all tokens; "entity": of the entities; "last_entity": it is the last of
+    the entities; "answer": it is top-1 of all tokens.
     "paper": the bridge is top-1 at any position of any state between passes, the paper's measure.
     Left out are queries whose bridge is their head: there the query shows its own token.
     """
@@ -78,10 +82,12 @@ def seen(model, world, queries):
     bridges = torch.from_numpy(hidden.b)
     top = logit_lens(model, tokens)
     top_entity = logit_lens(model, tokens, world.n_entities)
+    last_entity = logit_lens(model, tokens, world.n_entities, turned=True)
     result = {"n": len(tokens), "left_out": len(queries.h) - len(tokens)}
     for part in PARTS:
         result[part] = {"bridge": rates(top[part], bridges),
                         "entity": rates(top_entity[part], bridges),
+                        "last_entity": rates(last_entity[part], bridges),
                         "answer": rates(top[part], answers)}
     between_passes = rates(top["state"][model.stages], bridges)
     result["paper"] = {name: between_passes[name] for name in ("any", "any_chance")}

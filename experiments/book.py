@@ -317,6 +317,8 @@ INSIDE = {
                  "SPLIT seen state bridge best_chance"),
         "entity": ("SPLIT seen state entity best", "SPLIT seen n",
                    "SPLIT seen state entity best_chance"),
+        "last_entity": ("SPLIT seen state last_entity best", "SPLIT seen n",
+                        "SPLIT seen state last_entity best_chance"),
         "mixed": ("SPLIT seen mixed bridge best", "SPLIT seen n",
                   "SPLIT seen mixed bridge best_chance"),
         "mixed_entity": ("SPLIT seen mixed entity best", "SPLIT seen n",
@@ -377,6 +379,21 @@ def site_cells(runs):
 def name_of_site(site):
     """Its name; of a run in which no site redirects half of the answers, "spread"."""
     return site["name"] if site["where"] in ("one site", "several passes") else "spread"
+
+
+def form_cells(runs):
+    """{(group,): Cell}: whether the state of ID questions shows the bridge first or last of the
+    entities at the end, seed by seed, in words."""
+    cells = {}
+    for group, members in trained_groups(runs):
+        words = []
+        for run in members:
+            shares = {word: get(run.inside, f"end test_id seen state {kind} best")
+                      for word, kind in (("first", "entity"), ("last", "last_entity"))}
+            words += [word for word, share in shares.items() if share is not None and share >= 0.5]
+        if len(words) == len(members):
+            cells[group,] = Cell([", ".join(words)], "text")
+    return cells
 
 
 def map_cells(runs, compositions):
@@ -586,8 +603,8 @@ KEYS = {"training": ("runs", "measure"), "compositions": ("runs", "measure"),
         "map": ("hop1", "hop2", "measure"), "new_facts": ("runs", "when", "questions"),
         "new_facts_aim": ("runs", "questions", "measure"), "r2_alone": ("world", "measure"),
         "counts": ("measure",), "predictions": ("name",), "needed": ("hops", "measure"),
-        "site": ("runs", "weights"), "data": ("phi", "ood_fraction"), "paper": ("runs", "measure")}
-NO_CSV = ("needed", "site", "data", "paper")  # of words; the last has a file of its own
+        "site": ("runs", "weights"), "form": ("runs",), "data": ("phi", "ood_fraction"), "paper": ("runs", "measure")}
+NO_CSV = ("needed", "site", "form", "data", "paper")  # of words; the last has a file of its own
 FIELDS = ("mean", "least", "most", "n", "chance", "seeds", "without")
 
 
@@ -605,6 +622,7 @@ class Book(dict):
         for table in INSIDE:
             self[table] = inside_cells(runs, table)
         self["site"] = site_cells(runs)
+        self["form"] = form_cells(runs)
         self["map"] = map_cells(runs, self["compositions"])
         self["needed"] = needed_cells(self["map"])
         self["data"] = data_cells(runs)

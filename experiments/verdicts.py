@@ -241,6 +241,17 @@ def predict_mend(book):
     return min(own_code - 0.9, as_is + 0.05 - snapped), "share"
 
 
+def predict_quarter(book):
+    """How far a quarter exposed lies inside the range from none to half: the least, both hops."""
+    inside = []
+    for split in ("new_old", "old_new"):
+        none = book.need(f"new_facts tune/long_natural_end 2000 {split}").mean
+        quarter = book.need(f"new_facts exposed/natural_end_0.25_4 end {split}").mean
+        half = book.need(f"new_facts exposed/natural_end_0.5_4 end {split}").mean
+        inside.append(min(quarter - none, half - quarter))
+    return min(inside), "share"
+
+
 def predict_trm_answer(book):
     """What the worst seed answers at the end."""
     return book.need("training trm/both_full test_ood").least, "share"
@@ -266,6 +277,24 @@ def predict_trm_waits(book):
         in_time = not fit.without and fit.most <= 2500
         below.append(level - answer.most if in_time else -1)
     return min(below), "share"
+
+
+def predict_trm_long(book):
+    """Hop 2 supervised, 12,000 steps: half answered, .8 of these redirected, and the lens sees less
+    than half. What is to spare, at least."""
+    where = "long/trm_second_full end test_ood"
+    answer = book.need(f"aim_and_store {where} as_is").mean
+    donor = book.need(f"swaps {where} donor").mean
+    seen = book.need(f"seen {where} paper").mean
+    return min(answer - 0.5, donor - 0.8, 0.5 - seen), "share"
+
+
+def predict_trm_first(book):
+    """Hop 1 supervised: the aim is .8 or more, the store below half. What is to spare, at least."""
+    where = "aim_and_store trm/first_full end test_ood"
+    aim = book.need(f"{where} nearest_right").mean
+    store = book.need(f"{where} own_code").mean
+    return min(aim - 0.8, 0.5 - store), "share"
 
 
 def predict_worlds(book, measure):
@@ -319,6 +348,29 @@ def predict_data_all(book):
     return against, "count"
 
 
+HELD_OUT = ((6, "0.06"), (6, "0.25"), (9, "0.125"), (12, "0.125"))  # cells that test the rule
+
+
+def predict_data_rule(book):
+    """How many of the cells held out a threshold on phi gets wrong, which was fitted on the others:
+    halfway between the largest phi that memorises and the smallest with a circuit."""
+    classes = {}
+    for phi, ood in product((3, 6, 9, 12, 18), ("0.06", "0.125", "0.25")):
+        classes[phi, ood] = book.need(f"data {phi} {ood}").values[0]
+    memorise = [phi for (phi, ood), said in classes.items()
+                if said.startswith("memorises") and (phi, ood) not in HELD_OUT]
+    circuit = [phi for (phi, ood), said in classes.items()
+               if said.startswith("a circuit") and (phi, ood) not in HELD_OUT]
+    if not memorise or not circuit:
+        raise Missing("a border of the map of plain data")
+    border = (max(memorise) + min(circuit)) / 2
+    wrong = 0
+    for phi, ood in HELD_OUT:
+        expected = "a circuit" if phi > border else "memorises"
+        wrong += not classes[phi, ood].startswith(expected)
+    return wrong, "count"
+
+
 PREDICTIONS = {  # name: (the number that decides, rule, level); written down in PREDICTIONS.md
     "map_aim": (predict_aim, "at most", 0.15),
     "map_store": (predict_store, "at most", 0.15),
@@ -327,16 +379,20 @@ PREDICTIONS = {  # name: (the number that decides, rule, level); written down in
     "exposed_skill": (predict_skill, "at least", 0.1),
     "exposed_both": (predict_both, "at most", 0.2),
     "exposed_mend": (predict_mend, "at least", 0),
+    "exposed_quarter": (predict_quarter, "at least", 0),
     "trm_answer": (predict_trm_answer, "at least", 0.95),
     "trm_unseen": (predict_trm_unseen, "at most", 0.05),
     "trm_used": (predict_trm_used, "at least", 0.8),
     "trm_waits": (predict_trm_waits, "at least", 0),
+    "trm_long": (predict_trm_long, "at least", 0),
+    "trm_first": (predict_trm_first, "at least", 0),
     "worlds_aim": (predict_worlds_aim, "at most", 0.15),
     "worlds_store": (predict_worlds_store, "at most", 0.15),
     "worlds_used": (predict_worlds_used, "at least", 0.8),
     "data_few": (predict_data_few, "at most", 0),
     "data_many": (predict_data_many, "at most", 0),
     "data_all": (predict_data_all, "at most", 0),
+    "data_rule": (predict_data_rule, "at most", 0),
 }
 
 
