@@ -1614,6 +1614,19 @@ def test_the_lens_sees_the_known_circuit_and_among_entities_also_below_louder_to
     assert result["entity"]["map"][0][1] == 1
 
 
+def test_the_turned_lens_sees_a_bridge_that_is_written_with_the_other_sign(table):
+    model, world, queries = table
+
+    class Turned(TwoHopTable):
+        def unembed(self, state):
+            return -super().unembed(state)
+
+    plain = analyze.seen(model, world, queries)["state"]
+    turned = analyze.seen(Turned(world, model.config.layout), world, queries)["state"]
+    assert plain["entity"]["map"][0][1] == turned["last_entity"]["map"][0][1] == 1
+    assert plain["last_entity"]["map"][0][1] == turned["entity"]["map"][0][1] == 0
+
+
 def test_queries_whose_bridge_is_their_own_head_are_left_out_of_the_lens(table):
     """They show it in their own token."""
     model, world, queries = table

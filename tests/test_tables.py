@@ -60,13 +60,14 @@ def inside_of(**given):
     """What inside.json holds, with these numbers for every split and at the fit and the end."""
     number = dict(as_is=0.5, nearest_right=0.75, own_code=0.875, snapped=0.625, random_code=0.0625,
                   mean=0.03125, n=500, donor=0.9375, code=0.8125, noise=0.0, n_swapped=200,
-                  others_swapped=0.96875, seen=0.125, chance=0.0625, entity=0.375)
+                  others_swapped=0.96875, seen=0.125, chance=0.0625, entity=0.375, last=0.75)
     number.update(given)
     swaps = {name: number[name] for name in ("donor", "code", "noise", "others_swapped")}
     aim = {name: number[name] for name in ("as_is", "nearest_right", "own_code", "snapped",
                                            "random_code", "mean", "n")}
     place = {"best": number["entity"], "best_chance": 0.03125}
-    lens = {"bridge": place, "entity": place}
+    last = {"best": number["last"], "best_chance": 0.03125}
+    lens = {"bridge": place, "entity": place, "last_entity": last}
     split = {"seen": {"n": 490, "mixed": lens, "state": lens,
                       "paper": {"any": number["seen"], "any_chance": number["chance"]}},
              "present": {"n": 490, "mixed": {"best": 0.5}, "state": {"best": 0.5}}}
@@ -115,6 +116,16 @@ def write(quick, tmp_path):
         return Book(read_runs(root))
 
     return write_one, read_book
+
+
+def test_the_form_of_the_bridge_is_told_seed_by_seed(write):
+    write_one, read_book = write
+    write_one("small/natural/seed0", inside=inside_of(entity=0.75, last=0.0))
+    write_one("small/natural/seed1", inside=inside_of(entity=0.0, last=0.5))
+    write_one("small/both_full/seed0", inside=inside_of(entity=0.25, last=0.25))
+    form = read_book()["form"]
+    assert form["small/natural",].values == ["first, last"]
+    assert ("small/both_full",) not in form
 
 
 # ---------------------------------------------------------------- the page
