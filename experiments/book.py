@@ -52,6 +52,7 @@ PAPER = {  # (start or regime, what): (number, where it stands)
 class Run:
     """A finished run."""
     name: str       # its folder under ROOT: small/natural/seed0
+    folder: Path
     config: Config
     history: list   # see Trainer.measure
     inside: dict    # inside.json, see experiments/measure.py; {} if it was not measured
@@ -99,10 +100,10 @@ def read_one(folder, name):
     config, history = read_run(folder)
     inside = read_json(folder / "inside.json", dict)
     film = read_json(folder / "film.json", list)
-    return Run(name, config, history, inside, film)
+    return Run(name, folder, config, history, inside, film)
 
 
-def read_json(path, kind):
+def read_json(path, kind=dict):
     """The dict or list in a file; an empty one if there is no file."""
     if not path.exists():
         return kind()

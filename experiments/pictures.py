@@ -10,9 +10,8 @@ out by name. The message over a picture is written from the numbers that are dra
 wide, with text of 8 points or more: they are shown at about 800 pixels.
 """
 import io
-import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from textwrap import wrap
@@ -33,8 +32,8 @@ if not __package__:  # started as a script, `python experiments/pictures.py`, fr
 from analyze import (POSITIONS, check_writable, logit_lens, name_positions, other_r2, patch_map,
                      short, values_of)
 from data import REGIMES, BadInput, read_bytes, reading
-from experiments.book import share_at
-from grok import (PARTS, Config, Parser, Trainer, first_step, make_data, name_loops, read_run,
+from experiments.book import read_json, read_runs, share_at
+from grok import (PARTS, Parser, Trainer, first_step, make_data, name_loops, read_run,
                   run_command, say, to_tokens, write_file)
 
 WIDTH = 8.0  # inches
@@ -52,86 +51,54 @@ BEA = "#F7C99B"
 DORA = "#9FCBE8"
 
 
-# ---------------------------------------------------------------- reading runs
-@dataclass(frozen=True)
-class Run:
-    """A finished run."""
-    name: str      # of its folder below the root, "small/natural/seed0"
-    folder: Path
-    config: Config
-    history: list  # see grok.Trainer.measure
-    inside: dict   # see experiments/measure.py; {} if it was not looked into
-
-    def has(self, what):
-        """Whether it has this file, or this part of inside.json."""
-        return what in self.inside or (self.folder / what).exists()
-
-    def shares(self, split):
-        """What it answers of a split, at every evaluation."""
-        return [line["accuracy"][split] for line in self.history]
-
-
+# ---------------------------------------------------------------- the runs that a picture needs
 class Absent(Exception):
     """The runs of a picture are not there; its text says which."""
 
 
-class Runs:
-    """All finished runs below a folder."""
+class Shelf:
+    """The finished runs below a folder, and those that the picture which is drawn cannot use."""
 
     def __init__(self, root):
-        self.all = []
-        self.left_out = {}  # {name of a run: why}, since it was last emptied
-        for path in sorted(Path(root).rglob("config.json")):
-            folder = path.parent
-            try:
-                config, history = read_run(folder)
-                inside = read_json(folder / "inside.json")
-            except BadInput as error:
-                say(f"left out: {error}")
-                continue
-            name = folder.relative_to(root).as_posix()
-            self.all.append(Run(name, folder, config, history, inside))
-        if not self.all:
+        runs = read_runs(root)
+        for reason in runs.left_out:
+            say(f"left out: {reason}")
+        if not runs.groups:
             raise BadInput(f"{root}: holds no finished run")
+        self.groups = runs.groups  # {"small/natural": [Run, ...]}
+        self.left_out = {}         # {name of a run: why}, since it was last emptied
 
-    def those_with(self, what, runs):
-        """Those of the runs that have this file or part of inside.json."""
-        for run in runs:
-            if not run.has(what):
-                self.left_out[run.name] = "was not measured"
-        return [run for run in runs if run.has(what)]
-
-    def group(self, group, what=None):
-        """The seeds of a group, "small/natural", that have this; [] if there are none."""
+    def all(self):
+        """All runs, group by group."""
         runs = []
-        for run in self.all:
-            if run.name.rpartition("/")[0] != group:
-                continue
-            if runs and not same_but_seed(run.config, runs[0].config):
-                self.left_out[run.name] = f"differs from {runs[0].name} in more than its seed"
-            else:
-                runs.append(run)
-        return self.those_with(what, runs) if what else runs
+        for group in self.groups.values():
+            runs.extend(group)
+        return runs
 
-    def needed(self, group, what=None):
-        """The same; raises Absent if there are none."""
-        runs = self.group(group, what)
+    def measured(self, runs, part="end"):
+        """Those of the runs whose inside.json has this part."""
+        for run in runs:
+            if part not in run.inside:
+                self.left_out[run.name] = "was not measured"
+        return [run for run in runs if part in run.inside]
+
+    def group(self, name):
+        """The seeds of a group; raises Absent if there are none."""
+        if name not in self.groups:
+            raise Absent(f"no finished run of {name}")
+        return self.groups[name]
+
+    def measured_group(self, name):
+        """Those of its seeds that were measured; raises Absent if there are none."""
+        runs = self.measured(self.group(name))
         if not runs:
-            raise Absent(f"no finished run of {group}" + (" that was measured" if what else ""))
+            raise Absent(f"no finished run of {name} that was measured")
         return runs
 
 
-def same_but_seed(one, other):
-    """Whether two Configs are of one group; the device does not count."""
-    return replace(one, seed=0, device="cpu") == replace(other, seed=0, device="cpu")
-
-
-def read_json(path):
-    """What a JSON file holds; {} if it is not there."""
-    if not path.exists():
-        return {}
-    with reading(path):
-        return json.loads(read_bytes(path))
+def shares_of(run, split):
+    """What a run answers of a split, at every evaluation."""
+    return [line["accuracy"][split] for line in run.history]
 
 
 # ---------------------------------------------------------------- what the pictures share
@@ -354,12 +321,12 @@ def draw_hops(axes):
 # ---------------------------------------------------------------- it groks
 def hero(runs):
     """Training, unseen ID and unseen OOD questions of `tiny`."""
-    group = runs.needed("tiny/natural")
+    group = runs.group("tiny/natural")
     curves = {}
     for split, name, color in (("train_inferred", "training", GREY),
                                ("test_id", "unseen, of\nID facts", SKY),
                                ("test_ood", "unseen, of\nOOD facts", BLUE)):
-        curves[name] = (color, [run.shares(split) for run in group])
+        curves[name] = (color, [shares_of(run, split) for run in group])
     figure, axes = new_curves("share of two-hop questions answered",
                               f"training step ({name_of('tiny/natural', group)})")
     draw_curves(axes, steps_of(group), curves)
@@ -401,15 +368,15 @@ BAR_PARTS = {"answered as it is": BLUE,
 
 def store_aim(runs):
     """What stands between an OOD question and its right answer, at the fit and at the end."""
-    groups = {"small/natural": runs.needed("small/natural", "end")}
-    for other in ("small/second_full", "trm/natural"):
-        groups[other] = runs.group(other, "end")
-    shown = ["small/natural", "trm/natural" if groups["trm/natural"] else "small/second_full"]
-    shown = [group for group in shown if groups[group]]
+    groups = {"small/natural": runs.measured_group("small/natural")}
+    for other in ("trm/natural", "small/second_full"):
+        seeds = runs.measured(runs.groups.get(other, []))
+        if seeds and len(groups) == 1:
+            groups[other] = seeds
     figure = Figure((WIDTH, 4.4), layout="constrained")
     told = []
-    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for axes, group in zip(panels, shown):
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, group in zip(panels, groups):
         aims = {}
         for stage in ("fit", "end"):
             aims[stage] = [run.inside[stage]["aim"]["test_ood"] for run in groups[group]
@@ -462,8 +429,10 @@ def say_gains(group, aims):
 
 def film(runs):
     """Store, aim and answer along training."""
-    group = runs.needed("small/natural", "film.json")
-    films = [read_json(run.folder / "film.json") for run in group]
+    group = [run for run in runs.group("small/natural") if run.film]
+    if not group:
+        raise Absent("no finished run of small/natural that was filmed")
+    films = [run.film for run in group]
     steps = [frame["step"] for frame in films[0]]
     figure, axes = new_curves("share of OOD questions",
                               f"training step ({name_of('small/natural', group)})")
@@ -522,10 +491,10 @@ def seen_and_used(run):
 
 def seen_used(runs):
     """One point a run that answers half or more of its OOD questions."""
-    able = [run for run in runs.all if run.history[-1]["accuracy"].get("test_ood", 0) >= 0.5]
+    able = [run for run in runs.all() if run.history[-1]["accuracy"].get("test_ood", 0) >= 0.5]
     points = {}
     configs = set()
-    for run in sorted(runs.those_with("end", able), key=is_of_map):
+    for run in sorted(runs.measured(able), key=is_of_map):
         shares = seen_and_used(run)
         if run.config in configs:
             continue  # the corners of the map are runs of small, under a second name
@@ -581,7 +550,8 @@ def seen_used_bars(runs):
     """Two bars a regime of `small`: what the lens sees, what a swap shows is used."""
     shares = {}
     for regime in REGIMES:
-        seeds = [seen_and_used(run) for run in runs.group(f"small/{regime}", "end")]
+        measured = runs.measured(runs.groups.get(f"small/{regime}", []))
+        seeds = [seen_and_used(run) for run in measured]
         seeds = [seed for seed in seeds if seed is not None]
         if seeds:
             shares[regime] = seeds
@@ -625,8 +595,7 @@ PANELS = {"answer": "answered as it is", "aim": "aim of hop 1:\nthe nearest code
 def supervision(runs):
     """The four panels over the shares of OOD facts that are supervised as hop 1 and as hop 2."""
     cells = {}
-    on_map = [run for run in runs.all if run.name.startswith("map/")]
-    for run in runs.those_with("end", on_map):
+    for run in runs.measured([run for run in runs.all() if is_of_map(run)]):
         cells.setdefault((run.config.hop1, run.config.hop2), []).append(read_cell(run))
     if not cells:
         raise Absent("no measured run of map")
@@ -701,11 +670,11 @@ EXPOSED = {"exposed_old": ("exposed fact\nas hop 1", BLUE),
 
 def new_facts(runs):
     """What new facts serve for, by the share of them that was exposed."""
-    groups = {0.0: runs.needed("tune/long_natural_end")}
+    groups = {0.0: runs.group("tune/long_natural_end")}
     for share in (0.25, 0.5, 1.0):
-        group = runs.group(f"exposed/natural_end_{share:g}_4")
-        if group:
-            groups[share] = group
+        name = f"exposed/natural_end_{share:g}_4"
+        if name in runs.groups:
+            groups[share] = runs.groups[name]
     if len(groups) == 1:
         raise Absent("no finished run of exposed/natural_end_*_4")
     step = groups[max(groups)][0].config.steps
@@ -724,7 +693,7 @@ def new_facts(runs):
     key = {"new fact, not exposed": dot,
            "new fact, exposed": {**dot, "markerfacecolor": "white"}}
     for share, group in groups.items():
-        draw_r2_alone(axes, runs.those_with("r2_alone", group), (share - 0.02, share + 0.02), key)
+        draw_r2_alone(axes, runs.measured(group, "r2_alone"), (share - 0.02, share + 0.02), key)
     add_key(axes, key)
     axes.set_xticks(list(groups), [tick(share) for share in groups])
     axes.set_xlim(-0.04, max(groups) * 1.3)
@@ -774,13 +743,13 @@ def say_exposure(means):
 
 def tuned(runs):
     """Compositions with new facts while a trained model is fine-tuned."""
-    group = runs.needed("tune/long_natural_end")
+    group = runs.group("tune/long_natural_end")
     steps = steps_of(group)
     figure, axes = new_curves("compositions answered", "step of fine-tuning (small, natural, from "
                               f"the end; {len(group)} seeds)")
     curves = {}
     for split, (name, color) in SERVED.items():
-        curves[name] = (color, np.array([run.shares(split) for run in group]))  # (seeds, steps)
+        curves[name] = (color, np.array([shares_of(run, split) for run in group]))  # (seeds, steps)
     draw_curves(axes, steps, curves)
     axes.set_xscale("log")
     axes.set_xlim(steps[0], steps[-1])
@@ -788,7 +757,7 @@ def tuned(runs):
     axes.set_xticks(shown, [f"{step:,}" for step in shown])
     axes.minorticks_off()
     key = {"one seed": {"linewidth": 0.8}}
-    draw_r2_alone(axes, runs.those_with("r2_alone", group), (0.9 * steps[-1], steps[-1]), key)
+    draw_r2_alone(axes, runs.measured(group, "r2_alone"), (0.9 * steps[-1], steps[-1]), key)
     add_key(axes, key)
     set_message(figure, say_tuned(steps, curves))
     return figure
@@ -814,8 +783,10 @@ def say_tuned(steps, curves):
 def recursion(runs):
     """The paper's recursion unrolled: what its lens sees after every pass, what a swap redirects
     at every site inside."""
-    run = runs.needed("trm/both_full", "paths.json")[0]
-    measured = read_json(run.folder / "paths.json")["end"]
+    run = runs.group("trm/both_full")[0]
+    measured = read_json(run.folder / "paths.json").get("end")
+    if measured is None:
+        raise Absent(f"no paths.json of {run.name}; analyze.py makes it")
     used = measured["test_ood"]["used"]["other_r2"]
     if not used["n"]:
         raise Absent(f"no swap in {run.name} (0 queries)")
@@ -887,7 +858,7 @@ def say_recursion(config, measured):
 
 
 # ---------------------------------------------------------------- the moving picture
-FILMED = ("small/second_full", "small/second_full/seed0")
+FILMED = "small/second_full"  # its first seed
 MAPS = {"seen": ("what the lens sees", "Oranges"),
         "used": ("what a swap shows is used", "Blues")}
 
@@ -941,12 +912,12 @@ def measure_frame(model, world, clean, donor, predicted):
 
 def read_frames(runs):
     """What frames.npz of the filmed run holds."""
-    group, name = FILMED
-    for run in runs.group(group):
-        if run.name == name and run.has("frames.npz"):
-            with reading(run.folder / "frames.npz"), np.load(run.folder / "frames.npz") as saved:
-                return {key: saved[key] for key in saved}
-    raise Absent(f"no frames.npz of {name}; --frames makes it")
+    run = runs.group(FILMED)[0]
+    path = run.folder / "frames.npz"
+    if not path.exists():
+        raise Absent(f"no frames.npz of {run.name}; --frames makes it")
+    with reading(path), np.load(path) as saved:
+        return {key: saved[key] for key in saved}
 
 
 def scene(frames, i):
@@ -1026,7 +997,7 @@ def draw(file, runs):
 
 def draw_all(root, output, only=None):
     """Draw the pictures of the runs below root into the folder `output`."""
-    runs = Runs(root)
+    runs = Shelf(root)
     check_writable(output)
     for file in PICTURES if only is None else [only]:
         runs.left_out.clear()

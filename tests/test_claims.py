@@ -148,6 +148,16 @@ def test_both_hops_supervised_get_there_before_natural_training():
             assert later is None or later > there
 
 
+@pytest.mark.parametrize("seed, first, last", [(0, 1, 0), (1, 1, 0), (2, 0, 1)])
+def test_a_seed_has_one_form_of_the_bridge_in_every_regime(seed, first, last):
+    """ID questions, the states at the end: first of the entities, or last of them."""
+    for regime in ("natural", "first_full", "second_full", "both_full"):
+        inside = look_inside(SHIPPED / f"small/{regime}/seed{seed}", "end")
+        states = inside["test_id"]["seen"]["state"]
+        assert states["entity"]["best"] == pytest.approx(first, abs=0.15), regime
+        assert states["last_entity"]["best"] == pytest.approx(last, abs=0.15), regime
+
+
 @pytest.mark.parametrize("group", ["small/second_full", "small/natural", "trm/both_full"])
 def test_a_swap_measured_again_redirects_as_the_shipped_measurement_says(group):
     """Up to 200 OOD queries with donors of another r2, at the site of the bridge in inside.json."""

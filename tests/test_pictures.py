@@ -151,7 +151,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(root):
-    return pictures.Runs(root)
+    return pictures.Shelf(root)
 
 
 def figure_of(file, runs):
@@ -232,11 +232,11 @@ def test_missing_runs_skip_a_picture_and_what_is_unfinished_is_named(root, tmp_p
     said = capsys.readouterr().out
     assert "small/natural/seed2: is not finished (step 1500 of 3000)" in said
     assert "without small/natural/seed1, which was not measured" in said
-    assert "without small/both_full/seed2, which differs from small/both_full/seed0" in said
+    assert "left out: small/both_full/seed2: lr = 0.001, but small/both_full/seed0 has" in said
     for file in ("hero.png", "film.png", "map.png", "tuned.png", "new_facts.png", "recursion.png"):
         assert f"{file}: skipped" in said and not (tmp_path / "out" / file).exists()
     assert (tmp_path / "out/store_aim.png").exists()
-    bars = figure_of("seen_used_bars.png", pictures.Runs(some))
+    bars = figure_of("seen_used_bars.png", pictures.Shelf(some))
     names = [label.get_text() for label in bars.axes[0].get_xticklabels()]
     assert names[:2] == ["natural\n1 seed", "both full\n2 seeds"]
 
@@ -352,7 +352,7 @@ def test_the_recursion_shows_each_site_where_it_is(root, tmp_path):
     config = config_of("trm", hop1=1.0, hop2=1.0)
     folder = write_run(tmp_path, "trm/both_full/seed0", config, groks)
     write_paths(folder, config, [[22, "mixed", 2], [24, "mixed", 2]])
-    figure = figure_of("recursion.png", pictures.Runs(tmp_path))
+    figure = figure_of("recursion.png", pictures.Shelf(tmp_path))
     assert "a swap inside z_L pass 11 and z_L pass 12 redirects" in message_of(figure)
     framed = {}
     for number, axes in enumerate(figure.axes):
@@ -366,7 +366,7 @@ def test_the_recursion_shows_each_site_where_it_is(root, tmp_path):
     assert figure.axes[6].get_title(loc="left") == "z_H\npass 1"
     write_paths(folder, config, [[27, "state", 3]])
     assert "a swap after z_H pass 2 redirects" in message_of(
-        figure_of("recursion.png", pictures.Runs(tmp_path)))
+        figure_of("recursion.png", pictures.Shelf(tmp_path)))
 
 
 # ---------------------------------------------------------------- the moving picture
