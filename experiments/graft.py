@@ -54,9 +54,11 @@ def copy_mixing(model, donor):
 def main(argv=None):
     """Train and measure; exit status 0, or 2 for what cannot be used."""
     def body():
-        parser = Parser(prog="experiments.graft", description="Which first weights decide the form?")
+        parser = Parser(prog="experiments.graft", allow_abbrev=False,
+                        description="Which of the first weights decide the form of the bridge?")
         parser.add_argument("run", type=Path, metavar="RUN", help="a finished run of small")
-        parser.add_argument("seeds", nargs="+", type=int, metavar="SEED", help="whose mixing it gets")
+        parser.add_argument("seeds", nargs="+", type=int, metavar="SEED",
+                            help="whose first weights mix its positions")
         args = parser.parse_args(argv)
         config, _ = read_run(args.run)
         if config.mixing != "tokens" or config.model != "looped" or config.new_facts:
