@@ -57,6 +57,7 @@ class Run:
     history: list   # see Trainer.measure
     inside: dict    # inside.json, see experiments/measure.py; {} if it was not measured
     film: list      # film.json; [] if it was not filmed
+    grafts: list    # graft.json, see experiments/graft.py; [] if there was none
 
 
 @dataclass
@@ -100,7 +101,8 @@ def read_one(folder, name):
     config, history = read_run(folder)
     inside = read_json(folder / "inside.json", dict)
     film = read_json(folder / "film.json", list)
-    return Run(name, folder, config, history, inside, film)
+    grafts = read_json(folder / "graft.json", list)
+    return Run(name, folder, config, history, inside, film, grafts)
 
 
 def read_json(path, kind=dict):
@@ -387,13 +389,41 @@ def form_cells(runs):
     entities at the end, seed by seed, in words."""
     cells = {}
     for group, members in trained_groups(runs):
-        words = []
-        for run in members:
-            shares = {word: get(run.inside, f"end test_id seen state {kind} best")
-                      for word, kind in (("first", "entity"), ("last", "last_entity"))}
-            words += [word for word, share in shares.items() if share is not None and share >= 0.5]
-        if len(words) == len(members):
+        words = [form_of(run) for run in members]
+        if None not in words:
             cells[group,] = Cell([", ".join(words)], "text")
+    return cells
+
+
+def form_of(run):
+    """"first" or "last"; None if the states show neither, or were not looked into."""
+    states = get(run.inside, "end test_id seen state")
+    return word_of({"first": get(states, "entity best"), "last": get(states, "last_entity best")})
+
+
+def word_of(shares):
+    """The one of "first" and "last" that holds in half of the questions, or None."""
+    for word in ("first", "last"):
+        if shares[word] is not None and shares[word] >= 0.5:
+            return word
+    return None
+
+
+def graft_cells(runs):
+    """{(group, measure): Cell}: of the runs whose mixing of positions started from another seed's
+    first weights, how many have that seed's form in the end, and how many keep their own."""
+    cells = {}
+    for group, members in trained_groups(runs):
+        own_forms = {run.config.seed: form_of(run) for run in members}
+        pairs = [(own_forms.get(run.config.seed), own_forms.get(one["seed"]), word_of(one))
+                 for run in members for one in run.grafts]
+        parted = [pair for pair in pairs if None not in pair and pair[0] != pair[1]]
+        alike = [pair for pair in pairs if None not in pair and pair[0] == pair[1]]
+        for name, chosen in (("parted", parted), ("alike", alike)):
+            follows = sum(came_out == theirs for _, theirs, came_out in chosen)
+            if chosen:
+                cells[group, name] = Cell([len(chosen)], "count")
+                cells[group, f"{name}_follow"] = Cell([follows], "count")
     return cells
 
 
@@ -604,8 +634,10 @@ KEYS = {"training": ("runs", "measure"), "compositions": ("runs", "measure"),
         "map": ("hop1", "hop2", "measure"), "new_facts": ("runs", "when", "questions"),
         "new_facts_aim": ("runs", "questions", "measure"), "r2_alone": ("world", "measure"),
         "counts": ("measure",), "predictions": ("name",), "needed": ("hops", "measure"),
-        "site": ("runs", "weights"), "form": ("runs",), "data": ("phi", "ood_fraction"), "paper": ("runs", "measure")}
-NO_CSV = ("needed", "site", "form", "data", "paper")  # of words; the last has a file of its own
+        "site": ("runs", "weights"), "form": ("runs",),
+        "graft": ("runs", "measure"), "data": ("phi", "ood_fraction"), "paper": ("runs", "measure")}
+# of words; the last has a file of its own
+NO_CSV = ("needed", "site", "form", "graft", "data", "paper")
 FIELDS = ("mean", "least", "most", "n", "chance", "seeds", "without")
 
 
@@ -624,6 +656,7 @@ class Book(dict):
             self[table] = inside_cells(runs, table)
         self["site"] = site_cells(runs)
         self["form"] = form_cells(runs)
+        self["graft"] = graft_cells(runs)
         self["map"] = map_cells(runs, self["compositions"])
         self["needed"] = needed_cells(self["map"])
         self["data"] = data_cells(runs)

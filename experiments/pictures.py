@@ -853,8 +853,8 @@ def say_recursion(config, measured):
         is_read.append(part == "state" and (loop + 1) % config.n_blocks == 0)
     place = ("after " if any(is_read) else "inside ") + " and ".join(dict.fromkeys(names))
     seen = f"{short(lens['any'])} of the bridges (chance {short(lens['any_chance'])})"
-    return (f"In the paper's recursion the lens looks after every pass, and sees {seen} over all of them; a "
-            f"swap {place} redirects {short(site['test_ood']['donor'])} of the answers")
+    return (f"In the paper's recursion the lens looks after every pass, and sees {seen} over all "
+            f"of them; a swap {place} redirects {short(site['test_ood']['donor'])} of the answers")
 
 
 # ---------------------------------------------------------------- the moving picture

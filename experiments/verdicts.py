@@ -297,6 +297,22 @@ def predict_trm_first(book):
     return min(aim - 0.8, 0.5 - store), "share"
 
 
+def predict_graft(book):
+    """How many of the grafted runs have not the form of the seed that mixes their positions."""
+    against = 0
+    for pairs in ("parted", "alike"):
+        n_pairs = book.need(f"graft small/both_full {pairs}").values[0]
+        against += n_pairs - book.need(f"graft small/both_full {pairs}_follow").values[0]
+    return against, "count"
+
+
+def predict_ordinary(book):
+    """Aim and store of an ordinary transformer with one loss: the larger of the two means."""
+    where = "aim_and_store tiny/own_blocks_last_loop end test_ood"
+    return max(book.need(f"{where} {measure}").mean
+               for measure in ("nearest_right", "own_code")), "share"
+
+
 def predict_worlds(book, measure):
     """How far the two other worlds are from the first one's mean, at most, at the end."""
     path = f"end test_ood {measure}"
@@ -386,6 +402,8 @@ PREDICTIONS = {  # name: (the number that decides, rule, level); written down in
     "trm_waits": (predict_trm_waits, "at least", 0),
     "trm_long": (predict_trm_long, "at least", 0),
     "trm_first": (predict_trm_first, "at least", 0),
+    "graft": (predict_graft, "at most", 0),
+    "ordinary_lacks": (predict_ordinary, "at most", 0.3),
     "worlds_aim": (predict_worlds_aim, "at most", 0.15),
     "worlds_store": (predict_worlds_store, "at most", 0.15),
     "worlds_used": (predict_worlds_used, "at least", 0.8),
