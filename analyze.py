@@ -74,7 +74,8 @@ def seen(model, world, queries):
      "paper": {"any", "any_chance"}}
     "bridge": it is top-1 of all tokens; "entity": of the entities; "last_entity": it is the last of
     the entities; "answer": it is top-1 of all tokens.
-    "paper": the bridge is top-1 at any position of any state between passes, the paper's measure.
+    "paper": the bridge is top-1 at any token's position in any state between passes, the paper's
+    measure; scratch slots are not looked at.
     Left out are queries whose bridge is their head: there the query shows its own token.
     """
     hidden = queries.take(queries.b != queries.h)
@@ -89,7 +90,7 @@ def seen(model, world, queries):
                         "entity": rates(top_entity[part], bridges),
                         "last_entity": rates(last_entity[part], bridges),
                         "answer": rates(top[part], answers)}
-    between_passes = rates(top["state"][model.stages], bridges)
+    between_passes = rates(top["state"][model.stages][:, :, :tokens.shape[1]], bridges)
     result["paper"] = {name: between_passes[name] for name in ("any", "any_chance")}
     return result
 
@@ -271,8 +272,9 @@ def swap(clean, pool, rng):
 
 
 def same_bridge(clean, pool, rng):
-    """Donors with the same bridge and another r2: the street where Ada's mother lives. Only where
-    the answer itself is carried does it become theirs. -> (clean, donors, their answers)"""
+    """Donors with the same bridge and another r2: the street where Ada's mother lives. The answer
+    becomes theirs where it is carried itself, or r2 beside the bridge; where Bea alone is carried
+    nothing changes. -> (clean, donors, their answers)"""
     def allowed(query, pool):
         other_question = (pool.h != query.h) | (pool.r1 != query.r1)
         return (pool.b == query.b) & other_question & (pool.r2 != query.r2) & (pool.t != query.t)
@@ -388,6 +390,8 @@ def score_sites(model, world, queries, sites, code, n=500):
     {"n": pairs of `other_r2`, of up to n queries, and the shares of these
        "donor", "code", "noise": redirected by the donor's value, by its bridge's code in place of
                                  our bridge's, by noise,
+       "code_in_state": redirected by the code in the states just after, in the same loops: there a
+                        bridge may stand beside r2, which a whole donor would bring along,
      "n_same_bridge", "same_bridge": kept with the value of a donor of the same bridge,
      "n_mixed_donors", "mixed_donors": redirected by values of two donors; of a set of sites alone,
      "n_others_swapped", "others_swapped": kept if after these loops all *other* positions hold the
@@ -418,15 +422,25 @@ def score_other_r2(model, world, tried, pool, sites, code, rng):
     """The part of `score_sites` that rests on donors of another r2."""
     clean, donor, predicted = other_r2(world, tried, pool, rng)
     theirs = values_at(model, world, donor, sites)
-    in_code = {}
-    for site, own in values_at(model, world, clean, sites).items():
-        entity_codes = at(code, [site])[site]                           # (E, D)
-        in_code[site] = own + entity_codes[donor.b] - entity_codes[clean.b]
+    states = [(loop, "state", position) for loop, _, position in sites]
     random = {site: noise(value) for site, value in theirs.items()}
     result = {"n": len(clean.h)}
-    for name, put in (("donor", theirs), ("code", in_code), ("noise", random)):
+    for name, put in (("donor", theirs),
+                      ("code", exchange_codes(model, world, clean, donor, sites, code)),
+                      ("code_in_state", exchange_codes(model, world, clean, donor, states, code)),
+                      ("noise", random)):
         result[name] = share_becoming(predicted, model, world, clean, put)
     return result
+
+
+def exchange_codes(model, world, clean, donor, sites, code):
+    """{site: (N, D)}: the clean queries' own values with the code of their bridge taken out, and
+    that of the donor's bridge put in."""
+    exchanged = {}
+    for site, own in values_at(model, world, clean, sites).items():
+        entity_codes = at(code, [site])[site]                           # (E, D)
+        exchanged[site] = own + entity_codes[donor.b] - entity_codes[clean.b]
+    return exchanged
 
 
 def other_positions(sites, T):
@@ -583,7 +597,7 @@ COLUMNS = {"bridge": "seen: the bridge is top-1",
            "present": "present: a probe reads it",
            "other_r2": "used: a donor redirects",
            "code": "used: its code redirects",
-           "same_bridge": "answer: a same-bridge donor redirects"}
+           "same_bridge": "more than the bridge:\na same-bridge donor redirects"}
 
 
 def plot_maps(paths, part, loop_names):
@@ -655,17 +669,17 @@ SHIPPED = Path(__file__).resolve().parent / "runs" / "shipped"
 
 def main(argv=None):
     """Look into runs; exit status 0, 2 if one of them cannot be looked into, 130 when stopped."""
-    refused = []
-
     def body():
+        status = 0
         for output, folder in outputs_and_runs(argv).items():
             try:
                 analyze_run(folder, output)
             except (BadInput, OSError) as error:  # says so, and goes on to the next
                 print(f"analyze.py: {error}", file=sys.stderr)
-                refused.append(folder)
+                status = 2
+        return status
 
-    return run_command("analyze.py", body) or (2 if refused else 0)
+    return run_command("analyze.py", body)
 
 
 def outputs_and_runs(argv):

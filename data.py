@@ -150,7 +150,7 @@ def describe_world(world):
     """What a World holds, in one line."""
     n_paths = count_paths(world.facts, world.n_entities)
     return (f"{world.n_entities} entities, {world.n_relations} relations, "
-            f"{len(world.facts)} facts, {n_paths} two-hop paths")
+            f"{len(world.facts)} facts, {n_paths} two-step questions")
 
 
 def compositions(world):

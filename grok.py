@@ -355,12 +355,12 @@ def evaluate(model, eval_sets):
     accuracy = {}
     lens = {}
     for split, (tokens, answers, bridges) in eval_sets.items():
-        states = run_values(model, tokens)["state"][model.stages]               # (S, B, T, D)
+        states = run_values(model, tokens)["state"][model.stages]       # (S, B, T + slots, D)
         right = model.unembed(model.read(states[-1], tokens)).argmax(-1) == answers
         accuracy[split] = right.float().mean().item()
         if split.endswith("atomic") or split == "train_inferred":
             continue
-        top = model.unembed(states).argmax(-1)                                  # (S, B, T)
+        top = model.unembed(states[:, :, :tokens.shape[1]]).argmax(-1)          # (S, B, T)
         seen = lens_rates(top, bridges)
         chance = lens_rates(top, bridges.roll(1))
         lens[split] = {"any": seen["any"],
@@ -807,11 +807,16 @@ def read_run(folder):
     return config, history
 
 
-def load_run(folder, weights="end"):
-    """(model, world, splits) of a run, on the CPU, with its weights at the "fit" or the "end"."""
+def load_data(folder):
+    """(Config, world, splits) of a run, with or without its weights."""
     config = read_config(folder)
     files = {config.facts: read_bytes(Path(folder, config.facts))} if config.facts else {}
-    world, splits = make_data(config, files)
+    return config, *make_data(config, files)
+
+
+def load_run(folder, weights="end"):
+    """(model, world, splits) of a run, on the CPU, with its weights at the "fit" or the "end"."""
+    config, world, splits = load_data(folder)
     model = build_model(config, world.n_entities, world.n_relations)
 
     def use(saved):
@@ -1014,10 +1019,10 @@ def main(argv=None):
 
 
 def run_command(name, body):
-    """The exit status of a command: what cannot be used or is lacking is said in one line."""
+    """The exit status of a command, which `body` may return; what cannot be used or is lacking is
+    said in one line."""
     try:
-        body()
-        return 0
+        return body() or 0
     except KeyboardInterrupt as stop:
         said = str(stop) or "stopped"
         status = 130
@@ -1130,7 +1135,7 @@ def tell(config, history):
     end = history[-1]["accuracy"]
     seconds = {line["step"]: line["seconds"] for line in history}
     if config.new_facts:
-        kinds = {"new_atomic": "new facts alone", "new_old": "compositions new + old",
+        kinds = {"new_atomic": "new facts alone", "new_old": "questions new + old",
                  "old_new": "old + new", "new_new": "new + new"}
         shares = [f"{end[kind]:.3f} of the {said}" for kind, said in kinds.items() if kind in end]
         return [f"After {config.steps} steps of fine-tuning it answers {', '.join(shares)}."]
@@ -1152,7 +1157,8 @@ def tell(config, history):
 
 
 def draw_curve(config, history):
-    """What is right at each step: the training, unseen ID and OOD questions (or new facts)."""
+    """What is right at each step: the training, unseen ID and OOD questions (or new facts); and
+    how often the lens sees the bridge of OOD questions (paper, Figure 2)."""
     shown = {"train_inferred": "training", "test_id": "unseen, ID", "test_ood": "unseen, OOD",
              "new_atomic": "new facts alone", "new_old": "new + old", "old_new": "old + new",
              "new_new": "new + new"}
@@ -1162,8 +1168,11 @@ def draw_curve(config, history):
     for split, name in shown.items():
         if split in history[-1]["accuracy"]:
             axes.plot(steps, [line["accuracy"][split] for line in history], label=name)
+    if "test_ood" in history[-1]["lens"]:
+        seen = [line["lens"]["test_ood"]["any"] for line in history]
+        axes.plot(steps, seen, ":", label="OOD bridge, seen by the lens")
     axes.set_xlabel("training steps")
-    axes.set_ylabel("share of questions answered")
+    axes.set_ylabel("share of questions")
     axes.set_ylim(-0.03, 1.03)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")

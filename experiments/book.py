@@ -153,6 +153,11 @@ class Cell:
         return max(self.have, default=None)
 
     @property
+    def each(self):
+        """All values, seed by seed."""
+        return ", ".join(self.show(value) for value in self.values)
+
+    @property
     def seeds(self):
         return len(self.have)
 
@@ -235,25 +240,39 @@ def training_cells(runs):
 
 
 def last_shares(members):
-    """{split: Cell of what is right at the end, split_lens: of what the paper's lens sees}, and the
-    OOD answer at step 5,000."""
+    """{split: Cell of what is right at the end, split_lens: of what the paper's lens sees}, and
+    test_ood_at_STEP, test_ood_lens_at_STEP, the same after these steps."""
     cells = {}
     for split in SPLITS:
         cells[split] = Cell([run.history[-1]["accuracy"].get(split) for run in members])
     for split in COMPOSITIONS:
         rates = [run.history[-1]["lens"].get(split, {}) for run in members]
-        chance = Cell([rate.get("any_chance") for rate in rates]).mean
-        cells[f"{split}_lens"] = Cell([rate.get("any") for rate in rates], chance=chance)
-    cells["test_ood_at_5000"] = Cell([share_at(run, 5000, "test_ood") for run in members])
+        cells[f"{split}_lens"] = lens_cell(rates)
+    for step in (2500, 3000, 5000):
+        lines = [line_at(run, step) for run in members]
+        cells[f"test_ood_at_{step}"] = Cell([get(line, "accuracy test_ood") for line in lines])
+        rates = [get(line, "lens test_ood") or {} for line in lines]
+        cells[f"test_ood_lens_at_{step}"] = lens_cell(rates)
     return cells
+
+
+def lens_cell(rates):
+    """The Cell of what the paper's lens sees, from the rates of `grok.evaluate` of some runs."""
+    chance = Cell([rate.get("any_chance") for rate in rates]).mean
+    return Cell([rate.get("any") for rate in rates], chance=chance)
+
+
+def line_at(run, step):
+    """The evaluation after this step; None if there was none."""
+    for line in run.history:
+        if line["step"] == step:
+            return line
+    return None
 
 
 def share_at(run, step, split):
     """What was right of a split at the evaluation after this step; None if there was none."""
-    for line in run.history:
-        if line["step"] == step:
-            return line["accuracy"].get(split)
-    return None
+    return get(line_at(run, step), f"accuracy {split}")
 
 
 def composition_cells(runs):
@@ -310,6 +329,7 @@ INSIDE = {
     "swaps": {
         "donor": ("site SPLIT donor", "site SPLIT n", "site SPLIT noise"),
         "code": ("site SPLIT code", "site SPLIT n", "site SPLIT noise"),
+        "code_in_state": ("site SPLIT code_in_state", "site SPLIT n", "site SPLIT noise"),
         "noise": ("site SPLIT noise", "site SPLIT n", ""),
         "others_swapped": ("site SPLIT others_swapped", "site SPLIT n_others_swapped", ""),
         "same_bridge": ("site SPLIT same_bridge", "site SPLIT n_same_bridge", ""),
@@ -367,13 +387,14 @@ def inside_cell(members, weights, paths):
 
 
 def site_cells(runs):
-    """{(group, weights): Cell}: where the bridge is used, in how many runs, in words."""
+    """{(group, weights): Cell}: where the bridge is used, in words; in how many runs, if they
+    differ."""
     cells = {}
     for group, members in trained_groups(runs):
         for weights in WEIGHTS:
             sites = [get(run.inside, f"{weights} site") for run in members]
             names = Counter(name_of_site(site) for site in sites if site)
-            words = [name if len(members) == 1 else f"{name} ({n})"
+            words = [name if len(names) == 1 else f"{name} ({n})"
                      for name, n in names.most_common()]
             cells[group, weights] = Cell([", ".join(words) or NOT_MEASURED], "text")
     return cells
@@ -427,6 +448,9 @@ def graft_cells(runs):
     return cells
 
 
+MAP_CORNERS = ("small/first_full", "small/second_full", "small/both_full")
+
+
 def map_cells(runs, compositions):
     """{(hop1, hop2, measure): Cell}: the map of supervision, OOD questions at the end."""
     wanted = {"answer": "aim_and_store as_is", "aim": "aim_and_store nearest_right",
@@ -434,7 +458,7 @@ def map_cells(runs, compositions):
               "seen": "seen paper", "used": "swaps donor"}
     cells = {}
     for group, members in runs.groups.items():
-        if not group.startswith("map/"):
+        if not is_of_map(group):
             continue
         config = members[0].config
         place = (f"{config.hop1:g}", f"{config.hop2:g}")
@@ -446,6 +470,11 @@ def map_cells(runs, compositions):
                                                   for run in members])
         cells[(*place, "extra")] = compositions[group, "extra"]
     return cells
+
+
+def is_of_map(group):
+    """Whether a group is a cell of the map of supervision: three corners are regimes of small."""
+    return group.startswith("map/") or group in MAP_CORNERS
 
 
 def needed_cells(cells):
@@ -497,7 +526,7 @@ def data_cells(runs):
     """{(phi, share of OOD facts): Cell}: the map of plain data, its classes in words."""
     cells = {}
     for group, members in runs.groups.items():
-        if group.startswith("data/"):
+        if group.startswith("data/") or group == "map/hop1_0_hop2_0":
             config = members[0].config
             words = dict.fromkeys(class_of(run) if "end" in run.inside else NOT_MEASURED
                                   for run in members)
@@ -584,25 +613,17 @@ RUN_COLUMNS = {  # column: path in inside.json at the end, OOD questions
 
 
 def rows_of_runs(runs):
-    """One dict a run that was looked into: its name, preset and the RUN_COLUMNS. The corners of the
-    map are runs of small, under a second name, and count once."""
+    """One dict a run that was looked into: its name, preset and the RUN_COLUMNS."""
     rows = []
-    configs = set()
-    for group, members in sorted(trained_groups(runs), key=is_of_map):
+    for _, members in trained_groups(runs):
         for run in members:
-            if "end" in run.inside and run.config not in configs:
-                configs.add(run.config)
+            if "end" in run.inside:
                 row = {"run": run.name, "preset": run.config.preset}
                 for column, path in RUN_COLUMNS.items():
                     row[column] = get(run.inside["end"], path)
                 row["class"] = class_of(run)
                 rows.append(row)
     return rows
-
-
-def is_of_map(group_and_members):
-    """Whether a (group, its runs) is a cell of the map."""
-    return group_and_members[0].startswith("map/")
 
 
 def count_cells(rows):
@@ -615,6 +636,14 @@ def count_cells(rows):
         if row["seen"] is not None and row["seen"] < 0.5:
             sizes["unseen"] += 1
     return {(name,): Cell([size], "count") for name, size in sizes.items()}
+
+
+def hours(runs):
+    """How long all runs trained, on one core each."""
+    seconds = 0.0
+    for members in runs.groups.values():
+        seconds += sum(run.history[-1].get("seconds", 0) for run in members)
+    return Cell([seconds / 3600], "count")
 
 
 def answering_half(rows):
@@ -663,7 +692,7 @@ class Book(dict):
         self["new_facts"] = new_facts_cells(runs)
         self["new_facts_aim"] = new_facts_aim_cells(runs)
         self["r2_alone"] = r2_alone_cells()
-        self["counts"] = count_cells(self.rows)
+        self["counts"] = {**count_cells(self.rows), ("hours",): hours(runs)}
         self["paper"] = {keys: Cell([text], "text") for keys, (text, _) in PAPER.items()}
         numbers, self.verdicts = judge_all(self)  # {name: word}
         self["predictions"] = {(name,): Cell([number], kind)
@@ -687,7 +716,7 @@ class Book(dict):
     def say(self, words):
         """The text of the Cell at "TABLE KEY ...", or of a FIELD of it."""
         *most, last = words.split()
-        if last not in (*FIELDS, "with_chance"):
+        if last not in (*FIELDS, "with_chance", "each"):
             most = words.split()
         cell = self.look(" ".join(most))
         if not cell.values and most[0] == "predictions":
@@ -699,4 +728,6 @@ class Book(dict):
         if last == "with_chance":
             return f"{cell.text()}, chance {cell.show(cell.chance)}" if cell.have else cell.text()
         value = getattr(cell, last)
+        if last == "each":
+            return value
         return f"{value:,}" if last in ("n", "seeds", "without") and value else cell.show(value)

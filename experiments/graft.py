@@ -21,6 +21,7 @@ import torch
 
 from analyze import check_writable, plain, seen
 from data import BadInput
+from experiments.measure import evaluations
 from grok import Parser, Trainer, build_model, make_data, read_run, run_command, say, write_file
 
 
@@ -31,11 +32,8 @@ def graft(config, seed):
     donor = build_model(replace(config, seed=seed), world.n_entities, world.n_relations)
     copy_mixing(trainer.model, donor)
     copy_mixing(trainer.average, donor)
-    while trainer.step < config.steps:
-        trainer.train_step()
-        if trainer.step % config.eval_every == 0 or trainer.step == config.steps:
-            answer = trainer.measure()["accuracy"]["test_ood"]
-            say(f"step {trainer.step} of {config.steps}: {answer:.3f} of the OOD questions")
+    for line in evaluations(trainer):
+        answer = line["accuracy"]["test_ood"]
     order = np.random.default_rng(0).permutation(len(splits["test_id"].h))
     states = seen(trainer.average, world, splits["test_id"].take(order[:500]))["state"]
     return {"seed": seed, "first": states["entity"]["best"], "last": states["last_entity"]["best"],

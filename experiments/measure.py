@@ -23,8 +23,8 @@ import torch
 from analyze import (aim_and_store, bridge_site, check_writable, codes, fit_on, inference_path,
                      plain, right_only, swap_maps)
 from data import BadInput
-from grok import (Parser, Trainer, WEIGHTS, load_run, make_data, read_bytes, read_run, run_command,
-                  say, to_tokens, write_file)
+from grok import (Parser, Trainer, WEIGHTS, load_data, load_run, read_run, run_command, say,
+                  to_tokens, write_file)
 
 NEW = ("new_old", "old_new", "new_new", "exposed_old", "old_exposed")
 
@@ -32,10 +32,10 @@ NEW = ("new_old", "old_new", "new_new", "exposed_old", "old_exposed")
 # ---------------------------------------------------------------- runs as they were trained
 def look_into(folder):
     """What inside.json holds of a run."""
-    config, _ = read_run(folder)
+    read_run(folder)  # an unfinished one is refused
+    config, world, splits = load_data(folder)
     measured = {}
     if config.new_facts:
-        world, splits = data_of(folder, config)
         measured["r2_alone"] = r2_alone(world, splits)
     for stage in WEIGHTS:
         if (folder / f"{stage}.pt").exists():
@@ -45,12 +45,6 @@ def look_into(folder):
             else:
                 measured[stage] = without_maps(inference_path(model, world, splits))
     return plain(measured)
-
-
-def data_of(folder, config):
-    """(world, splits) of a run, with or without its weights."""
-    files = {config.facts: read_bytes(folder / config.facts)} if config.facts else {}
-    return make_data(config, files)
 
 
 def without_maps(tree):
@@ -96,13 +90,30 @@ def look_at_new_facts(model, world, splits):
 
 
 # ---------------------------------------------------------------- along training
+def evaluations(trainer):
+    """Train to the end, and yield every evaluation: a line of metrics.jsonl."""
+    steps = trainer.config.steps
+    while trainer.step < steps:
+        trainer.train_step()
+        if trainer.step % trainer.config.eval_every == 0 or trainer.step == steps:
+            yield trainer.measure()
+            say(f"step {trainer.step} of {steps}")
+
+
+def check_same_end(folder, line):
+    """Refuse a run that, trained anew, ends otherwise than its metrics.jsonl says."""
+    _, history = read_run(folder)
+    ours, theirs = (end["accuracy"]["test_ood"] for end in (line, history[-1]))
+    if abs(ours - theirs) > 1e-4:
+        raise BadInput(f"{folder}: trained anew it ends otherwise; this machine rounds otherwise")
+
+
 def film(folder):
     """Train the run of this folder anew; film.json holds, for every evaluation, {"step", split:
     see `aim_and_store`}, at the site that its last weights use.
     Every value is from the averaged weights, as the run's metrics are."""
-    config, history = read_run(folder)
     sites = [tuple(site) for site in read_inside(folder)["end"]["site"]["sites"]]
-    world, splits = data_of(folder, config)
+    config, world, splits = load_data(folder)
     trainer = Trainer(config, world, splits)
     rng = np.random.default_rng(0)
     pools = {name: splits[name].take(rng.permutation(len(splits[name].h)))
@@ -111,15 +122,10 @@ def film(folder):
     fitted = pools["test_id"].take(slice(half, half + 2000))
     pools["test_id"] = pools["test_id"].take(slice(half))
     frames = []
-    while trainer.step < config.steps:
-        trainer.train_step()
-        if trainer.step % config.eval_every == 0 or trainer.step == config.steps:
-            accuracy = trainer.measure()["accuracy"]
-            frames.append({"step": trainer.step, "fitted": accuracy["train_inferred"],
-                           **frame(trainer.average, world, pools, fitted, sites)})
-            say(f"step {trainer.step} of {config.steps}")
-    if round(accuracy["test_ood"], 4) != round(history[-1]["accuracy"]["test_ood"], 4):
-        raise BadInput(f"{folder}: trained anew it ends otherwise; this machine rounds otherwise")
+    for line in evaluations(trainer):
+        frames.append({"step": line["step"], "fitted": line["accuracy"]["train_inferred"],
+                       **frame(trainer.average, world, pools, fitted, sites)})
+    check_same_end(folder, line)
     return plain(frames)
 
 
@@ -142,9 +148,8 @@ def read_inside(folder):
 # ---------------------------------------------------------------- the command line
 def main(argv=None):
     """Measure runs; exit status 0, or 2 if one of them cannot be used."""
-    refused = []
-
     def body():
+        status = 0
         parser = Parser(prog="experiments.measure", description="What the results page reads.")
         parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
         parser.add_argument("--film", action="store_true", help="train anew, look at every step")
@@ -154,9 +159,10 @@ def main(argv=None):
                 measure_run(folder, args.film)
             except (BadInput, OSError) as error:  # says so, and goes on to the next
                 print(f"experiments.measure: {error}", file=sys.stderr)
-                refused.append(folder)
+                status = 2
+        return status
 
-    return run_command("experiments.measure", body) or (2 if refused else 0)
+    return run_command("experiments.measure", body)
 
 
 def measure_run(folder, is_film):

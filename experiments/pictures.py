@@ -31,22 +31,26 @@ if not __package__:  # started as a script, `python experiments/pictures.py`, fr
 
 from analyze import (POSITIONS, check_writable, logit_lens, name_positions, other_r2, patch_map,
                      short, values_of)
-from data import REGIMES, BadInput, read_bytes, reading
-from experiments.book import read_json, read_runs, share_at
-from grok import (PARTS, Parser, Trainer, first_step, make_data, name_loops, read_run,
-                  run_command, say, to_tokens, write_file)
+from data import REGIMES, BadInput, reading
+from experiments.book import is_of_map, read_json, read_runs, share_at
+from experiments.measure import check_same_end, evaluations
+from grok import (PARTS, Parser, Trainer, first_step, load_data, name_loops, read_run, run_command,
+                  say, to_tokens, write_file)
 
 WIDTH = 8.0  # inches
 STYLE = {"font.size": 8.5, "axes.titlesize": 9.5, "axes.labelsize": 9, "figure.titlesize": 11,
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
          "axes.axisbelow": True, "grid.color": "0.92"}
-# told apart by the colour-blind; one colour means one thing in all pictures
+# told apart by the colour-blind
 GREY = "0.45"       # training
-SKY = "#56B4E9"     # unseen ID questions; noise
-BLUE = "#0072B2"    # OOD questions; what is used
+SKY = "#56B4E9"     # unseen ID questions; what the nearest code adds
+BLUE = "#0072B2"    # OOD questions as they are answered; what is used
 ORANGE = "#D55E00"  # what the lens sees
 GREEN = "#009E73"   # the aim of hop 1; the input
 PURPLE = "#CC79A7"  # the store of hop 2
+INDIGO = "#332288"  # a new fact as hop 1
+WINE = "#882255"    # a new fact as hop 2
+SAND = "#B8A032"    # two new facts
 BEA = "#F7C99B"
 DORA = "#9FCBE8"
 
@@ -310,7 +314,7 @@ def draw_hops(axes):
               va="center")
     axes.text(49.3, 23.5, "Hop 1: Ada and mother become Bea.\nIt ends in what is mixed at r2 in "
               "loop 3:\nthere, just before the MLP, is Bea.", va="center")
-    axes.text(49.3, 48.5, "Hop 2: Bea and city become Bern.\nIt begins in the MLP that follows.\n"
+    axes.text(49.3, 48.5, "Hop 2: Bea and city become Bern.\nIt is taken after this place.\n"
               "The question is still Ada's, about a city,\nso Dora in this place gives Oslo.",
               va="center")
     box(axes, 58.5, y, "Dora", DORA)
@@ -327,7 +331,7 @@ def hero(runs):
                                ("test_id", "unseen, of\nID facts", SKY),
                                ("test_ood", "unseen, of\nOOD facts", BLUE)):
         curves[name] = (color, [shares_of(run, split) for run in group])
-    figure, axes = new_curves("share of two-hop questions answered",
+    figure, axes = new_curves("share of two-step questions answered",
                               f"training step ({name_of('tiny/natural', group)})")
     draw_curves(axes, steps_of(group), curves)
     fits = [first_step(run.history, 0.99, "train_inferred") for run in group]
@@ -361,9 +365,9 @@ def say_when(fits, answers):
 # ---------------------------------------------------------------- store and aim
 LEVELS = ("as_is", "snapped", "own_code")  # of analyze.aim_and_store
 BAR_PARTS = {"answered as it is": BLUE,
-                  "+ the nearest code put in": SKY,
-                  "+ the right code put in": GREEN,
-                  "not even then: hop 2 is not stored": "0.88"}
+             "+ the nearest code put in": SKY,
+             "+ the right code put in": PURPLE,
+             "not even then: hop 2 is not stored": "0.88"}
 
 
 def store_aim(runs):
@@ -386,7 +390,7 @@ def store_aim(runs):
         told.append(say_gains(group, aims))
     panels[0].set_ylabel("share of OOD questions answered")
     handles = [Patch(facecolor=color, label=name) for name, color in BAR_PARTS.items()]
-    handles.append(Line2D([], [], color="black", label="one seed"))
+    handles.append(Line2D([], [], color="black", label="one seed, each level in its colour"))
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     set_message(figure, "; ".join(told))
     return figure
@@ -407,8 +411,9 @@ def draw_aims(axes, aims):
             bottom = top
         for seed, aim in enumerate(seeds):
             left = x - 0.31 + 0.13 * seed
-            for level in LEVELS:
-                axes.plot([left, left + 0.1], [aim[level]] * 2, color="black", linewidth=1.5)
+            for level, color in zip(LEVELS, BAR_PARTS.values()):
+                for width, ink in ((4.5, "black"), (2.5, color)):  # a rim around the colour
+                    axes.plot([left, left + 0.1], [aim[level]] * 2, color=ink, linewidth=width)
         right = mean(aim["nearest_right"] for aim in seeds)
         names.append(f"at the {stage}\n(nearest code right: {short(right)})")
     show_shares(axes)
@@ -464,8 +469,8 @@ def rise(curve):
 
 
 # ---------------------------------------------------------------- used where it is not seen
-KINDS = {"small": BLUE, "tiny": SKY, "trm": ORANGE, "dials of small": PURPLE,
-         "map of supervision": GREEN}
+KINDS = {"small": BLUE, "tiny": SKY, "trm": WINE, "dials of small": SAND,
+         "map of supervision": INDIGO}
 
 
 def kind_of(run):
@@ -493,12 +498,8 @@ def seen_used(runs):
     """One point a run that answers half or more of its OOD questions."""
     able = [run for run in runs.all() if run.history[-1]["accuracy"].get("test_ood", 0) >= 0.5]
     points = {}
-    configs = set()
-    for run in sorted(runs.measured(able), key=is_of_map):
+    for run in runs.measured(able):
         shares = seen_and_used(run)
-        if run.config in configs:
-            continue  # the corners of the map are runs of small, under a second name
-        configs.add(run.config)
         if shares is None:
             runs.left_out[run.name] = "has no lens or no swaps (0 queries)"
         else:
@@ -540,10 +541,6 @@ def draw_points(axes, points):
                       "o", markersize=7.5, alpha=0.75, color=color, markeredgecolor="white",
                       clip_on=False, zorder=3, label=f"{kind} ({len(chosen)})")
     axes.legend(loc="center right", title="one point a run")
-
-
-def is_of_map(run):
-    return run.name.startswith("map/")
 
 
 def seen_used_bars(runs):
@@ -595,8 +592,9 @@ PANELS = {"answer": "answered as it is", "aim": "aim of hop 1:\nthe nearest code
 def supervision(runs):
     """The four panels over the shares of OOD facts that are supervised as hop 1 and as hop 2."""
     cells = {}
-    for run in runs.measured([run for run in runs.all() if is_of_map(run)]):
-        cells.setdefault((run.config.hop1, run.config.hop2), []).append(read_cell(run))
+    for group, members in runs.groups.items():
+        for run in runs.measured(members if is_of_map(group) else []):
+            cells.setdefault((run.config.hop1, run.config.hop2), []).append(read_cell(run))
     if not cells:
         raise Absent("no measured run of map")
     grid = sorted({0.0, 0.25, 0.5, 0.75, 1.0}.union(*cells))
@@ -662,10 +660,10 @@ def signed(number):
 
 
 # ---------------------------------------------------------------- new facts
-SERVED = {"new_old": ("new fact\nas hop 1", BLUE), "old_new": ("new fact\nas hop 2", GREEN),
-          "new_new": ("both new", ORANGE)}
-EXPOSED = {"exposed_old": ("exposed fact\nas hop 1", BLUE),
-           "old_exposed": ("exposed fact\nas hop 2", GREEN)}
+SERVED = {"new_old": ("new fact\nas hop 1", INDIGO), "old_new": ("new fact\nas hop 2", WINE),
+          "new_new": ("both new", SAND)}
+EXPOSED = {"exposed_old": ("exposed fact\nas hop 1", INDIGO),
+           "old_exposed": ("exposed fact\nas hop 2", WINE)}
 
 
 def new_facts(runs):
@@ -678,9 +676,9 @@ def new_facts(runs):
     if len(groups) == 1:
         raise Absent("no finished run of exposed/natural_end_*_4")
     step = groups[max(groups)][0].config.steps
-    figure, axes = new_curves(f"compositions answered at step {step:,}",
-                              "share of the new facts that is exposed: trained in 4 compositions "
-                              "a hop, too")
+    figure, axes = new_curves(f"two-step questions answered at step {step:,}",
+                              "share of the new facts that is exposed: trained in 4 two-step "
+                              "questions a hop, too")
     means = {}
     ends = {}  # {share at which lines end: {name: (color, height)}}
     for split, (name, color) in {**SERVED, **EXPOSED}.items():
@@ -745,8 +743,8 @@ def tuned(runs):
     """Compositions with new facts while a trained model is fine-tuned."""
     group = runs.group("tune/long_natural_end")
     steps = steps_of(group)
-    figure, axes = new_curves("compositions answered", "step of fine-tuning (small, natural, from "
-                              f"the end; {len(group)} seeds)")
+    figure, axes = new_curves("two-step questions answered", "step of fine-tuning (small, natural, "
+                              f"from the end; {len(group)} seeds)")
     curves = {}
     for split, (name, color) in SERVED.items():
         curves[name] = (color, np.array([shares_of(run, split) for run in group]))  # (seeds, steps)
@@ -853,8 +851,11 @@ def say_recursion(config, measured):
         is_read.append(part == "state" and (loop + 1) % config.n_blocks == 0)
     place = ("after " if any(is_read) else "inside ") + " and ".join(dict.fromkeys(names))
     seen = f"{short(lens['any'])} of the bridges (chance {short(lens['any_chance'])})"
+    swaps = site["test_ood"]
+    n_map = measured["test_ood"]["used"]["other_r2"]["n"]
     return (f"In the paper's recursion the lens looks after every pass, and sees {seen} over all "
-            f"of them; a swap {place} redirects {short(site['test_ood']['donor'])} of the answers")
+            f"of them; a swap {place} redirects {short(swaps['donor'])} of the answers (n = "
+            f"{swaps['n']}; in the map {n_map})")
 
 
 # ---------------------------------------------------------------- the moving picture
@@ -870,26 +871,20 @@ def measure_frames(folder, n=100):
     (S, n_loops, 2, T), the parts in the order of PARTS, "seen", the share of n OOD questions whose
     bridge is top-1 there, and "used", the share that a donor of another r2 redirects.
     Raises BadInput if the run does not end as its metrics.jsonl says."""
-    config, history = read_run(folder)
+    read_run(folder)  # an unfinished one is refused
+    config, world, splits = load_data(folder)
     if config.new_facts:
         raise BadInput(f"{folder}: is a run on new facts, and has no OOD questions")
     check_writable(folder)
-    files = {config.facts: read_bytes(folder / config.facts)} if config.facts else {}
-    world, splits = make_data(config, files)
     rng = np.random.default_rng(0)
     pool = splits["test_ood"].take(rng.permutation(len(splits["test_ood"].h)))
     swapped = other_r2(world, pool.take(slice(n)), pool, rng)
     trainer = Trainer(replace(config, device="cpu"), world, splits)
     frames = []
-    while trainer.step < config.steps:
-        trainer.train_step()
-        if trainer.step % config.eval_every == 0 or trainer.step == config.steps:
-            answer = trainer.measure()["accuracy"]["test_ood"]
-            frames.append({"step": trainer.step, "answer": answer,
-                           **measure_frame(trainer.average, world, *swapped)})
-            say(f"step {trainer.step} of {config.steps}")
-    if abs(answer - history[-1]["accuracy"]["test_ood"]) > 1e-4:
-        raise BadInput(f"{folder}: trained anew it ends otherwise; this machine rounds otherwise")
+    for line in evaluations(trainer):
+        frames.append({"step": line["step"], "answer": line["accuracy"]["test_ood"],
+                       **measure_frame(trainer.average, world, *swapped)})
+    check_same_end(folder, line)
     content = io.BytesIO()
     arrays = {}
     for name in frames[0]:
@@ -941,8 +936,8 @@ def scene(frames, i):
                 "of the OOD questions.", fontsize=11, va="center")
     seen = short(frames["seen"][i].max())
     used = short(frames["used"][i][site])
-    figure.text(0.02, 0.885, f"No site shows the lens more than {seen} of the bridges; a swap at "
-                f"the circled one redirects {used}.", fontsize=11, va="center")
+    figure.text(0.02, 0.885, f"The lens sees at most {seen} of the bridges at any one site; a swap "
+                f"at the circled one redirects {used}.", fontsize=11, va="center")
     return figure
 
 
@@ -990,7 +985,8 @@ def draw(file, runs):
         drawn = PICTURES[file](runs)
         if isinstance(drawn, Figure):
             content = io.BytesIO()
-            drawn.savefig(content, dpi=150, format="png")
+            message = drawn.get_suptitle()
+            drawn.savefig(content, dpi=150, format="png", metadata={"Title": message})
             drawn = content.getvalue()
     return drawn
 

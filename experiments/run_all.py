@@ -330,12 +330,10 @@ def train_runs(runs, at_once):
 def main(argv=None):
     """Run the command line; returns the exit status: of the worst run, 2 for bad input, 128 + the
     number of the signal that ended it."""
-    statuses = []
-
     def body():
-        statuses.append(list_or_train(parse(argv)))
+        return list_or_train(parse(argv))
 
-    return grok.run_command("run_all", body) or statuses[0]
+    return grok.run_command("run_all", body)
 
 
 def list_or_train(given):

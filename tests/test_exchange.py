@@ -84,7 +84,7 @@ def test_what_is_written_is_read_back_exactly(regime, tmp_path, capsys, monkeypa
     monkeypatch.chdir(tmp_path)
     assert main(["write", "set", "--regime", regime, *OPTIONS]) == 0
     assert main(["read", "set", "-o", "set.npz"]) == 0
-    assert "15 entities, 9 relations, 90 facts, 540 two-hop paths" in capsys.readouterr().out
+    assert "15 entities, 9 relations, 90 facts, 540 two-step questions" in capsys.readouterr().out
     world, splits, regime_read = read_data("set.npz")
     assert_same_data((world, splits), small_data(regime))
     assert regime_read == ("natural" if regime == "natural" else "injected")

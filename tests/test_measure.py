@@ -94,7 +94,7 @@ def test_a_film_that_ends_otherwise_than_the_run_is_refused(run, tmp_path, capsy
 
 def test_a_run_on_new_facts_is_measured_with_and_without_its_weights(tuned):
     inside = json.loads((tuned / "inside.json").read_text())
-    _, splits = measure.data_of(tuned, grok.read_config(tuned))
+    _, _, splits = grok.load_data(tuned)
     kinds = {name for name in measure.NEW if name in splits and len(splits[name].h)}
     assert set(inside["r2_alone"]) == kinds >= {"new_old", "old_new"}
     assert set(inside["end"]) == {"site", "aim"} and set(inside["end"]["aim"]) == kinds

@@ -90,7 +90,7 @@ def write_paths(folder, config, sites):
     seen = {"paper": {"any": 0.21, "any_chance": 0.19},
             "state": {"bridge": {"map": np.full((28, 4), 0.05).tolist()}}}
     end = {"test_ood": {"seen": seen, "used": {"other_r2": {"n": 50, "redirected": redirected}}},
-           "site": {"sites": sites, "test_ood": {"donor": 0.98}}}
+           "site": {"sites": sites, "test_ood": {"donor": 0.98, "n": 90}}}
     (folder / "paths.json").write_text(json.dumps({"end": end}))
 
 
@@ -130,13 +130,18 @@ def root(tmp_path_factory):
                   inside_of(seen=1.0))
         for regime, (hop1, hop2, k) in REGIMES.items():
             config = config_of("small", hop1=hop1, hop2=hop2, k=k, seed=seed)
+            hops = {}
+            if regime.endswith("_full"):  # three corners of the map
+                hops = dict(aim=0.5 + 0.5 * hop1, store=0.6 + 0.4 * hop2)
             folder = write_run(root, f"small/{regime}/seed{seed}", config, groks,
-                               inside_of(used=0.9 - 0.01 * seed))
+                               inside_of(used=0.9 - 0.01 * seed, **hops))
             if regime == "natural":
                 write_film(folder)
     write_frames(root / "small/second_full/seed0")
     for hop1 in (0.0, 0.25, 0.5, 0.75, 1.0):
         for hop2 in (0.0, 0.25, 0.5, 1.0):  # .75 is still missing
+            if (hop1, hop2) in ((0, 1), (1, 0), (1, 1)):
+                continue  # regimes of small
             config = config_of("small", hop1=hop1, hop2=hop2)
             inside = inside_of(aim=0.5 + 0.5 * hop1, store=0.6 + 0.4 * hop2, answer=0.3)
             write_run(root, f"map/hop1_{hop1:g}_hop2_{hop2:g}/seed0", config, groks, inside)
@@ -219,26 +224,26 @@ def test_text_is_large_enough_stays_on_the_page_and_overlaps_nothing(file, figur
 
 def test_missing_runs_skip_a_picture_and_what_is_unfinished_is_named(root, tmp_path, capsys):
     some = tmp_path / "runs"
-    for group in ("small/natural", "small/both_full"):
+    for group in ("small/natural", "small/both_half"):
         shutil.copytree(root / group, some / group)
     for path in some.rglob("film.json"):
         path.unlink()
     cut = some / "small/natural/seed2/metrics.jsonl"
     cut.write_text("".join(cut.read_text().splitlines(True)[:2]))
     (some / "small/natural/seed1/inside.json").unlink()
-    other = some / "small/both_full/seed2/config.json"
-    other.write_text(json.dumps(asdict(config_of("small", hop1=1.0, hop2=1.0, seed=2, lr=0.001))))
+    other = some / "small/both_half/seed2/config.json"
+    other.write_text(json.dumps(asdict(config_of("small", hop1=0.5, hop2=0.5, k=9, seed=2, lr=0.001))))
     assert pictures.main(["--root", str(some), "-o", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "small/natural/seed2: is not finished (step 1500 of 3000)" in said
     assert "without small/natural/seed1, which was not measured" in said
-    assert "left out: small/both_full/seed2: lr = 0.001, but small/both_full/seed0 has" in said
+    assert "left out: small/both_half/seed2: lr = 0.001, but small/both_half/seed0 has" in said
     for file in ("hero.png", "film.png", "map.png", "tuned.png", "new_facts.png", "recursion.png"):
         assert f"{file}: skipped" in said and not (tmp_path / "out" / file).exists()
     assert (tmp_path / "out/store_aim.png").exists()
     bars = figure_of("seen_used_bars.png", pictures.Shelf(some))
     names = [label.get_text() for label in bars.axes[0].get_xticklabels()]
-    assert names[:2] == ["natural\n1 seed", "both full\n2 seeds"]
+    assert names[:2] == ["natural\n1 seed", "both half\n2 seeds"]
 
 
 def test_what_is_asked_wrongly_is_one_line_and_nothing_is_written(root, tmp_path, capsys):
@@ -265,14 +270,14 @@ def test_messages_are_those_of_the_numbers(figures):
                                 "come 2,000 steps later")
     assert said["store_aim.png"] == (
         "small, natural: after the fit it stores hop 2 (.10 to .90) and aims hop 1 (.30 to .80); "
-        "small, second full: after the fit it stores hop 2 (.10 to .90) and aims hop 1 (.30 to "
-        ".80)")
+        "small, second full: after the fit it stores hop 2 (.10 to 1.00) and aims hop 1 (.30 to "
+        ".50)")
     assert said["film.png"] == ("After the fit hop 2 gets stored (.10 to .85) and hop 1 aimed (.30 "
                                 "to .75); the answers stay below both (.00 to .30)")
-    # 3 of tiny, 15 of small, 16 of the map, whose corners are runs of small, 1 of trm, 1 dial
+    # 3 of tiny, 15 of small, 17 of the map, whose corners are runs of small, 1 of trm, 1 dial
     assert said["seen_used.png"] == (
-        "Of 36 runs that answer half of the OOD questions, a swap redirects .8 or more of the "
-        "answers in 35; the lens sees less than half of the bridges in 32")
+        "Of 37 runs that answer half of the OOD questions, a swap redirects .8 or more of the "
+        "answers in 36; the lens sees less than half of the bridges in 33")
     assert said["seen_used_bars.png"] == (
         "Regime by regime of small, a swap redirects .89 of the right OOD answers; the lens sees "
         ".10 of the bridges")
@@ -286,7 +291,17 @@ def test_messages_are_those_of_the_numbers(figures):
         "1 (.50 against .20); two of them are chained in .06 at most")
     assert said["recursion.png"] == (
         "In the paper's recursion the lens looks after every pass, and sees .21 of the bridges "
-        "(chance .19) over all of them; a swap inside z_H pass 2 redirects .98 of the answers")
+        "(chance .19) over all of them; a swap inside z_H pass 2 redirects .98 of the answers (n = "
+        "90; in the map 50)")
+
+
+def test_the_pictures_here_say_what_the_shipped_runs_give():
+    """Each carries its message as the title of the file."""
+    shelf = pictures.Shelf(ROOT / "runs/shipped")
+    for file in sorted(pictures.PICTURES):
+        if file.endswith(".png"):
+            with Image.open(ROOT / "figures" / file) as image:
+                assert image.text["Title"] == figure_of(file, shelf).get_suptitle(), file
 
 
 def test_messages_do_not_say_what_is_not_so():
@@ -427,8 +442,8 @@ def test_a_frame_against_one_query_at_a_time(smoke):
 def test_the_poster_is_the_last_frame_and_circles_the_site_that_is_used(figures):
     figure = figures["grokking.png"]
     said = " ".join(text.get_text() for text in figure.texts)
-    assert said == ("Step 3,000: it answers .95 of the OOD questions. No site shows the lens more "
-                    "than .04 of the bridges; a swap at the circled one redirects .90.")
+    assert said == ("Step 3,000: it answers .95 of the OOD questions. The lens sees at most .04 "
+                    "of the bridges at any one site; a swap at the circled one redirects .90.")
     for axes in figure.axes:
         assert axes.lines[0].get_xydata().tolist() == [[2, 4]]  # r2; mixed, loop 3
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
