@@ -32,7 +32,7 @@ if not __package__:  # started as a script, `python experiments/pictures.py`, fr
 from analyze import (POSITIONS, check_writable, logit_lens, name_positions, other_r2, patch_map,
                      short, values_of)
 from data import REGIMES, BadInput, reading
-from experiments.book import is_of_map, read_json, read_runs, share_at
+from experiments.book import get, is_of_map, read_json, read_runs, share_at
 from experiments.measure import check_same_end, evaluations
 from grok import (PARTS, Parser, Trainer, first_step, load_data, name_loops, read_run, run_command,
                   say, to_tokens, write_file)
@@ -496,9 +496,11 @@ def seen_and_used(run):
 
 def seen_used(runs):
     """One point a run that answers half or more of its OOD questions."""
-    able = [run for run in runs.all() if run.history[-1]["accuracy"].get("test_ood", 0) >= 0.5]
     points = {}
-    for run in runs.measured(able):
+    for run in runs.all():
+        answer = get(run.inside, "end aim test_ood as_is")
+        if answer is None or answer < 0.5:
+            continue
         shares = seen_and_used(run)
         if shares is None:
             runs.left_out[run.name] = "has no lens or no swaps (0 queries)"
