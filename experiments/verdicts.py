@@ -21,6 +21,7 @@ WORDS = (HOLDS, PARTLY, DIFFERS, OPEN, FAILS)
 TOO_FEW = 20     # queries a run; a swap on fewer decides nothing
 SHARES = (0, 0.25, 0.5, 0.75, 1)  # of OOD facts supervised, in the map
 LONGEST = {"small": "long/natural", "trm": "trm/natural"}              # natural training
+SECOND = {"small": "small/second_full", "trm": "long/trm_second_full"}  # hop 2 supervised
 EARLY = {"small": "tune/small_natural_end", "trm": "tune/trm_natural"}  # new facts, 500 steps
 LATE = {"small": "tune/long_natural_end", "trm": "tune/trm_long_natural"}  # 6,000 steps
 
@@ -77,7 +78,7 @@ def judge_folds(book, preset):
 
 def judge_fake(book, preset):
     """Second hop supervised, at the end: answered, not seen, and no swap redirects."""
-    where = f"{preset}/second_full end test_ood"
+    where = f"{SECOND[preset]} end test_ood"
     answer = book.need(f"aim_and_store {where} as_is")
     seen = book.need(f"seen {where} paper")
     swap = book.need(f"swaps {where} donor")
