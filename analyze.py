@@ -312,23 +312,25 @@ def mixed_donors(world, clean, pool, rng):
     return clean.take(rows), first.take(rows), pool.take(donor_rows), predicted[rows]
 
 
+def donor_map(model, world, clean, donor, predicted):
+    """`patch_map` of the clean Queries, with what the model holds for their donors put in."""
+    tokens, _ = to_tokens(clean, world, model.config.layout)
+    donor_tokens, _ = to_tokens(donor, world, model.config.layout)
+    return patch_map(model, tokens, values_of(model, donor_tokens), predicted)
+
+
 def swap_maps(model, world, clean, pool, code, rng):
     """The maps of three swaps for the Queries `clean`, {kind: patch_map}: the value of a donor from
     the pool with another r2, the code of that donor's bridge in place of our own bridge's, and the
     value of a donor with the same bridge."""
-    layout = model.config.layout
     queries, donor, predicted = other_r2(world, clean, pool, rng)
-    tokens, _ = to_tokens(queries, world, layout)
+    maps = {"other_r2": donor_map(model, world, queries, donor, predicted)}
+    tokens, _ = to_tokens(queries, world, model.config.layout)
     ours = values_of(model, tokens)
-    theirs = values_of(model, to_tokens(donor, world, layout)[0])
-    maps = {"other_r2": patch_map(model, tokens, theirs, predicted)}
     in_code = {part: ours[part] + code[part][:, donor.b] - code[part][:, queries.b]
                for part in PARTS}
     maps["code"] = patch_map(model, tokens, in_code, predicted)
-    queries, donor, predicted = same_bridge(clean, pool, rng)
-    tokens, _ = to_tokens(queries, world, layout)
-    theirs = values_of(model, to_tokens(donor, world, layout)[0])
-    maps["same_bridge"] = patch_map(model, tokens, theirs, predicted)
+    maps["same_bridge"] = donor_map(model, world, *same_bridge(clean, pool, rng))
     return maps
 
 

@@ -29,8 +29,8 @@ HERE = Path(__file__).resolve().parent
 if not __package__:  # started as a script, `python experiments/pictures.py`, from any folder
     sys.path.insert(0, str(HERE.parent))
 
-from analyze import (POSITIONS, check_writable, logit_lens, name_positions, other_r2, patch_map,
-                     short, values_of)
+from analyze import (POSITIONS, check_writable, donor_map, logit_lens, name_positions, other_r2,
+                     short)
 from data import REGIMES, BadInput, reading
 from experiments.book import get, is_of_map, read_json, read_runs, share_at
 from experiments.measure import check_same_end, evaluations
@@ -898,8 +898,7 @@ def measure_frames(folder, n=100):
 def measure_frame(model, world, clean, donor, predicted):
     """{"seen", "used": (n_loops, 2, T)} of one moment."""
     tokens, _ = to_tokens(clean, world, model.config.layout)
-    theirs = values_of(model, to_tokens(donor, world, model.config.layout)[0])
-    redirected = patch_map(model, tokens, theirs, predicted)["redirected"]
+    redirected = donor_map(model, world, clean, donor, predicted)["redirected"]
     top = logit_lens(model, tokens)
     bridges = torch.from_numpy(clean.b)[:, None]                                # (N, 1)
     seen = [(top[part] == bridges).float().mean(1).numpy() for part in PARTS]

@@ -143,7 +143,7 @@ def root(tmp_path_factory):
             if (hop1, hop2) in ((0, 1), (1, 0), (1, 1)):
                 continue  # regimes of small
             config = config_of("small", hop1=hop1, hop2=hop2)
-            inside = inside_of(aim=0.5 + 0.5 * hop1, store=0.6 + 0.4 * hop2, answer=0.3)
+            inside = inside_of(aim=0.5 + 0.5 * hop1, store=0.6 + 0.4 * hop2, answer=0.6)
             write_run(root, f"map/hop1_{hop1:g}_hop2_{hop2:g}/seed0", config, groks, inside)
     write_run(root, "dial/tied/seed0", config_of("small", tied=True, steps=2500), groks,
               inside_of(used=0.23, seen=0.7))

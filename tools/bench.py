@@ -19,7 +19,6 @@ The pace: a few steps of each in turn, so that a busy moment of the machine hits
 round our step is also compared with its matrix products alone, which no way of writing it can save.
 The race: whoever has the least training time so far goes on. Grading is not counted.
 """
-import argparse
 import math
 import os
 import platform

@@ -21,8 +21,8 @@ import numpy as np
 if not __package__:  # an editor's Run button starts this file and not the module
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analyze import (EXAMINED, bridge_site, logit_lens, other_r2, patch, patch_map, predict,
-                     right_only, tail, values_at, values_of)
+from analyze import (EXAMINED, bridge_site, donor_map, logit_lens, other_r2, patch, predict,
+                     right_only, tail, values_at)
 from data import BadInput, question_numbers, regime_name
 from grok import (WEIGHTS, Parser, first_step, load_run, read_run, run_command, say, to_tokens,
                   write_file)
@@ -68,11 +68,9 @@ def find_site(model, world, pool):
     another r2 redirect most answers to Queries of the pool. None if there is no such site."""
     clean = pool.take(slice(MOST_QUERIES))
     clean, donor, predicted = other_r2(world, clean, pool, np.random.default_rng(0))
-    tokens, _ = to_tokens(clean, world, model.config.layout)
-    donor_tokens, _ = to_tokens(donor, world, model.config.layout)
-    if len(tokens) == 0:
+    if len(clean.h) == 0:
         return None
-    used = patch_map(model, tokens, values_of(model, donor_tokens), predicted)
+    used = donor_map(model, world, clean, donor, predicted)
     bridge = bridge_site(model, world, pool, used, scored={}, code=None)
     return tuple(bridge["sites"][0]) if bridge["where"] == "one site" else None
 
