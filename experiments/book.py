@@ -530,8 +530,10 @@ def data_cells(runs):
             config = members[0].config
             words = dict.fromkeys(class_of(run) if "end" in run.inside else NOT_MEASURED
                                   for run in members)
-            answer = Cell([run.history[-1]["accuracy"]["test_ood"] for run in members])
-            said = f"{', '.join(words)} ({answer.show(answer.mean)})"
+            shares = last_shares(members)
+            id_share = shares["test_id"].show(shares["test_id"].mean)
+            ood_share = shares["test_ood"].show(shares["test_ood"].mean)
+            said = f"{', '.join(words)} ({id_share}, {ood_share})"
             cells[f"{config.phi:g}", f"{config.ood_fraction:g}"] = Cell([said], "text")
     return cells
 

@@ -365,6 +365,11 @@ def predict_data_all(book):
     return against, "count"
 
 
+def predict_data_long(book):
+    """What phi 6 answers of unseen ID questions after 12,000 steps."""
+    return book.need("training long/phi_6 test_id").mean, "share"
+
+
 HELD_OUT = ((6, "0.06"), (6, "0.25"), (9, "0.125"), (12, "0.125"))  # cells that test the rule
 
 
@@ -412,6 +417,7 @@ PREDICTIONS = {  # name: (the number that decides, rule, level); written down in
     "data_many": (predict_data_many, "at most", 0),
     "data_all": (predict_data_all, "at most", 0),
     "data_rule": (predict_data_rule, "at most", 0),
+    "data_long": (predict_data_long, "at most", 0.5),
 }
 
 

@@ -450,8 +450,8 @@ def test_plain_data_are_classified_by_a_swap(write, shares, donors, kind):
         inside["end"]["site"][split]["donor"] = donor
     config = config_of(["--preset", "small", "--phi", "9", "--ood-fraction", ".06"])
     write_one("data/phi_9_ood_0.06/seed0", config=config, shares=shares, inside=inside)
-    answered = Cell([shares.get("test_ood", 0.25)]).text()
-    assert read_book().say("data 9 0.06") == f"{kind} ({answered})"
+    answered = [Cell([shares.get(split, 0.25)]).text() for split in ("test_id", "test_ood")]
+    assert read_book().say("data 9 0.06") == f"{kind} ({', '.join(answered)})"
 
 
 def test_the_exceptions_are_those_that_answer_half_and_are_not_redirected(write):
