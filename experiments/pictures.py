@@ -855,9 +855,9 @@ def say_recursion(config, measured):
     seen = f"{short(lens['any'])} of the bridges (chance {short(lens['any_chance'])})"
     swaps = site["test_ood"]
     n_map = measured["test_ood"]["used"]["other_r2"]["n"]
-    return (f"In the paper's recursion the lens looks after every pass, and sees {seen} over all "
-            f"of them; a swap {place} redirects {short(swaps['donor'])} of the answers (n = "
-            f"{swaps['n']}; in the map {n_map})")
+    return (f"In seed {config.seed} of the paper's recursion the lens looks after every pass, and "
+            f"sees {seen} over all of them; a swap {place} redirects {short(swaps['donor'])} of the "
+            f"answers (n = {swaps['n']}; in the map {n_map})")
 
 
 # ---------------------------------------------------------------- the moving picture

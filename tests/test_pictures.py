@@ -232,7 +232,8 @@ def test_missing_runs_skip_a_picture_and_what_is_unfinished_is_named(root, tmp_p
     cut.write_text("".join(cut.read_text().splitlines(True)[:2]))
     (some / "small/natural/seed1/inside.json").unlink()
     other = some / "small/both_half/seed2/config.json"
-    other.write_text(json.dumps(asdict(config_of("small", hop1=0.5, hop2=0.5, k=9, seed=2, lr=0.001))))
+    changed = config_of("small", hop1=0.5, hop2=0.5, k=9, seed=2, lr=0.001)
+    other.write_text(json.dumps(asdict(changed)))
     assert pictures.main(["--root", str(some), "-o", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "small/natural/seed2: is not finished (step 1500 of 3000)" in said
@@ -290,9 +291,9 @@ def test_messages_are_those_of_the_numbers(figures):
         "New facts serve at step 1,000 more as hop 2 (.60 against .20), at step 4,000 more as hop "
         "1 (.50 against .20); two of them are chained in .06 at most")
     assert said["recursion.png"] == (
-        "In the paper's recursion the lens looks after every pass, and sees .21 of the bridges "
-        "(chance .19) over all of them; a swap inside z_H pass 2 redirects .98 of the answers (n = "
-        "90; in the map 50)")
+        "In seed 0 of the paper's recursion the lens looks after every pass, and sees .21 of the "
+        "bridges (chance .19) over all of them; a swap inside z_H pass 2 redirects .98 of the "
+        "answers (n = 90; in the map 50)")
 
 
 def test_the_pictures_here_say_what_the_shipped_runs_give():
