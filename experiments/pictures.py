@@ -694,7 +694,7 @@ def new_facts(runs):
            "new fact, exposed": {**dot, "markerfacecolor": "white"}}
     for share, group in groups.items():
         draw_r2_alone(axes, runs.measured(group, "r2_alone"), (share - 0.02, share + 0.02), key)
-    add_key(axes, key)
+    add_key(axes, key, "center right")
     axes.set_xticks(list(groups), [tick(share) for share in groups])
     axes.set_xlim(-0.04, max(groups) * 1.3)
     set_message(figure, say_exposure(means))
@@ -726,19 +726,24 @@ def draw_r2_alone(axes, runs, ends, key):
                 axes.plot(ends, [share] * 2, color=SERVED[split][1], zorder=1, **style)
 
 
-def add_key(axes, key):
+def add_key(axes, key, place="upper left"):
     """What the kinds of lines mean, {text: style}."""
     axes.legend(handles=[Line2D([], [], color="0.3", label=text, **style)
-                         for text, style in key.items()], loc="upper left")
+                         for text, style in key.items()], loc=place)
 
 
 def say_exposure(means):
     """The message of `new_facts`, at the largest share that leaves others to test."""
     share = max(means["new_new"])
-    first, second, both = (short(means[split][share]) for split in SERVED)
+    none = min(means["new_new"])
+    gains = [means[split][share] - means[split][none] for split in ("new_old", "old_new")]
+    better = "serve better in each hop" if min(gains) >= 0.1 else "serve"
+    told = []
+    for split, hop in (("new_old", 1), ("old_new", 2)):
+        told.append(f"{short(means[split][none])} to {short(means[split][share])} as hop {hop}")
     chained = "hardly chained" if means["new_new"][share] < 0.2 else "chained"
-    return (f"With {short(share)} of the new facts exposed, the others serve hop by hop ({first} "
-            f"as hop 1, {second} as hop 2); two of them are {chained} ({both})")
+    return (f"With {short(share)} of the new facts exposed, the others {better} "
+            f"({', '.join(told)}); two of them are {chained} ({short(means['new_new'][share])})")
 
 
 def tuned(runs):

@@ -285,8 +285,8 @@ def test_messages_are_those_of_the_numbers(figures):
     assert said["map.png"] == ("Supervising all of hop 1 adds +.50 to its aim and +.00 to the store "
                                "of hop 2; supervising all of hop 2 adds +.00 and +.40 (means)")
     assert said["new_facts.png"] == (
-        "With .50 of the new facts exposed, the others serve hop by hop (.60 as hop 1, .60 as hop "
-        "2); two of them are hardly chained (.10)")
+        "With .50 of the new facts exposed, the others serve better in each hop (.30 to .60 as hop "
+        "1, .45 to .60 as hop 2); two of them are hardly chained (.10)")
     assert said["tuned.png"] == (
         "New facts serve at step 1,000 more as hop 2 (.60 against .20), at step 4,000 more as hop "
         "1 (.50 against .20); two of them are chained in .06 at most")
