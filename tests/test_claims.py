@@ -46,8 +46,7 @@ CLAIMS = [  # group, stage, number, least, most
     ("small/second_full", "end", "site test_ood others_swapped", 0.9, 1),
     ("small/natural", "end", "lens test_ood any", 0, 0.2),
     ("small/natural", "end", "site test_ood donor", 0.8, 1),
-    ("trm/both_full", "end", "lens test_ood any", 0, 0.3),
-    # In one seed of the recursion a donor redirects, too; in all its bridge's code does.
+    # In the recursion the seeds differ in what the lens sees; in all the bridge's code redirects.
     ("trm/both_full", "end", "site test_ood code", 0.5, 1),
     # Where it is seen, in tiny, it is used, too.
     ("tiny/natural", "end", "lens test_ood any", 0.95, 1),
@@ -60,6 +59,16 @@ CLAIMS = [  # group, stage, number, least, most
     ("small/second_full", "fit", "aim test_ood own_code", 0.95, 1),
     ("small/first_full", "fit", "aim test_ood own_code", 0, 0.5),
     ("small/first_full", "fit", "aim test_ood nearest_right", 0.9, 1),
+    # So it does in the paper's recursion, to the end.
+    ("trm/first_full", "end", "aim test_ood nearest_right", 0.9, 1),
+    ("trm/first_full", "end", "aim test_ood own_code", 0, 0.4),
+    ("trm/second_full", "end", "aim test_ood nearest_right", 0, 0.2),
+    ("trm/second_full", "end", "aim test_ood own_code", 0.9, 1),
+    # Plain data: few training questions a fact make it memorise, whatever the share of OOD facts.
+    ("data/phi_6_ood_0.06", "end", "accuracy test_id", 0, 0.3),
+    ("data/phi_6_ood_0.25", "end", "accuracy test_id", 0, 0.3),
+    ("data/phi_9_ood_0.06", "end", "accuracy test_id", 0.9, 1),
+    ("data/phi_9_ood_0.25", "end", "accuracy test_id", 0.9, 1),
     # New facts serve hop by hop, hardly ever both.
     ("tune/small_natural_end", "end", "accuracy new_new", 0, 0.3),
     ("tune/small_both_full_end", "end", "accuracy new_new", 0, 0.3)]
