@@ -148,6 +148,19 @@ def judge_separate(book, preset):
     return PARTLY if hop1 or hop2 else DIFFERS
 
 
+def judge_lacks(book, preset):
+    """Four blocks of their own, one loss: hop 2 is stored, .8 or more, and hop 1 aims in less than
+    half; partly: either is so. Of `tiny` alone."""
+    if preset != "small":
+        return None
+    where = "aim_and_store tiny/own_blocks_last_loop end test_ood"
+    stored = book.need(f"{where} own_code").least >= 0.8
+    astray = book.need(f"{where} nearest_right").most < 0.5
+    if stored and astray:
+        return HOLDS
+    return PARTLY if stored or astray else DIFFERS
+
+
 def judge_blind(book, preset):
     """With the answer alone graded the lens sees half of the bridges; partly: of the other changes,
     too, some make half visible in runs that fitted; differs: grading the answer does not."""
@@ -166,7 +179,7 @@ def judge_blind(book, preset):
 JUDGES = {"sooner": judge_sooner, "stages": judge_stages, "folds": judge_folds,
           "fake": judge_fake, "before": judge_before, "new_facts": judge_new_facts,
           "r2_alone": judge_r2_alone, "ordinary": judge_ordinary,
-          "separate": judge_separate, "blind": judge_blind}
+          "separate": judge_separate, "blind": judge_blind, "lacks": judge_lacks}
 
 
 def combine(small, trm):

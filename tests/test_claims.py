@@ -26,6 +26,8 @@ CLAIMS = [  # group, stage, number, least, most
     ("tiny/natural", "end", "accuracy ood_atomic", 0.98, 1),
     # An ordinary transformer does not, if only its last loop is graded; a shared block does better.
     ("tiny/own_blocks_last_loop", "end", "accuracy test_ood", 0, 0.15),
+    ("tiny/own_blocks_last_loop", "end", "aim test_ood own_code", 0.8, 1),
+    ("tiny/own_blocks_last_loop", "end", "aim test_ood nearest_right", 0, 0.3),
     ("tiny/last_loop", "end", "accuracy test_ood", 0.5, 0.9),
     # The regimes, under the paper's conditions.
     ("small/both_full", "end", "accuracy test_ood", 0.95, 1),

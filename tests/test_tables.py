@@ -508,6 +508,11 @@ def cells_of_new_facts(early, late, guesses=(0.25,)):
     return cells
 
 
+def cells_of_lacks(store, aim):
+    where = "aim_and_store tiny/own_blocks_last_loop end test_ood"
+    return {f"{where} own_code": store, f"{where} nearest_right": aim}
+
+
 NEVER_SEEN = ([100], [None], [300])
 CASES = [
     ("sooner", {"training small/both_full answer_.9": [100, 200],
@@ -549,6 +554,9 @@ CASES = [
     ("r2_alone", cells_of_new_facts((0.5, 0), ([0.3, 0.3], 0)), "differs"),
     ("ordinary", {"training tiny/own_blocks_last_loop test_ood": [0.1],
                   "training tiny/own_blocks test_ood": [0.9]}, "partly"),
+    ("lacks", cells_of_lacks(store=[0.8, 0.95], aim=[0.1, 0.4]), "holds"),
+    ("lacks", cells_of_lacks(store=[0.7, 0.95], aim=[0.1, 0.4]), "partly"),
+    ("lacks", cells_of_lacks(store=[0.7, 0.95], aim=[0.1, 0.6]), "differs"),
     ("ordinary", {"training tiny/own_blocks_last_loop test_ood": [0.1],
                   "training tiny/own_blocks test_ood": [0.1]}, "holds"),
 ]
