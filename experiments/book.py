@@ -199,7 +199,7 @@ NOTHING = Cell([])
 
 # ---------------------------------------------------------------- the book: what training gave
 MILESTONES = {  # measure: (split, level, which rate of the lens)
-    "fit": ("train_inferred", 0.99, None),
+    "fit": ("train_inferred", 0.99, None), "id_.5": ("test_id", 0.5, None),
     "answer_.5": ("test_ood", 0.5, None), "answer_.9": ("test_ood", 0.9, None),
     "answer_.95": ("test_ood", 0.95, None),
     "lens_.5": ("test_ood", 0.5, "any"), "lens_.9": ("test_ood", 0.9, "any"),

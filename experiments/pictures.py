@@ -661,6 +661,46 @@ def signed(number):
     return ("-" if number < 0 else "+") + short(abs(number))
 
 
+# ---------------------------------------------------------------- plain data
+def plain_data(runs):
+    """What `small` answers along natural training, with few and with many questions a fact."""
+    groups = {}
+    for name in ("long/phi_6", "long/natural"):
+        group = runs.group(name)
+        groups[f"{group[0].config.phi:g} training questions a fact"] = group
+    figure = Figure((WIDTH, 3.7), layout="constrained")
+    panels = figure.subplots(1, len(groups), sharey=True)
+    last = min(group[0].config.steps for group in groups.values())
+    for axes, (title, group) in zip(panels, groups.items()):
+        for split, color in (("train_inferred", GREY), ("test_id", SKY), ("test_ood", BLUE)):
+            for run in group:
+                axes.plot(steps_of(group), shares_of(run, split), color=color, linewidth=1.2)
+        show_shares(axes)
+        axes.set_xlim(0, last)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_title(f"{title}, {name_of('small', group).partition(', ')[2]}")
+        axes.set_xlabel("training step")
+    panels[0].set_ylabel("share of two-step questions answered")
+    names = {"training": GREY, "unseen, of ID facts": SKY, "unseen, of OOD facts": BLUE}
+    figure.legend(handles=[Line2D([], [], color=color, label=name)
+                           for name, color in names.items()], loc="outside lower center", ncols=3)
+    set_message(figure, say_plain_data(groups))
+    return figure
+
+
+def say_plain_data(groups):
+    """When the training is fitted, and when half of the unseen ID questions are answered."""
+    told = []
+    for title, group in groups.items():
+        moments = []
+        for level, split in ((0.99, "train_inferred"), (0.5, "test_id")):
+            steps = [first_step(run.history, level, split) for run in group]
+            moments.append("never" if None in steps else f"at step {span(steps, whole)}")
+        told.append(f"{title} it has fitted {moments[0]} and answers half of the unseen ID "
+                    f"questions {moments[1]}")
+    return f"With {'; with '.join(told)}"
+
+
 # ---------------------------------------------------------------- new facts
 SERVED = {"new_old": ("new fact\nas hop 1", INDIGO), "old_new": ("new fact\nas hop 2", WINE),
           "new_new": ("both new", SAND)}
@@ -861,8 +901,8 @@ def say_recursion(config, measured):
     swaps = site["test_ood"]
     n_map = measured["test_ood"]["used"]["other_r2"]["n"]
     return (f"In seed {config.seed} of the paper's recursion the lens looks after every pass, and "
-            f"sees {seen} over all of them; a swap {place} redirects {short(swaps['donor'])} of the "
-            f"answers (n = {swaps['n']}; in the map {n_map})")
+            f"sees {seen} over all of them; a swap {place} redirects {short(swaps['donor'])} of "
+            f"the answers (n = {swaps['n']}; in the map {n_map})")
 
 
 # ---------------------------------------------------------------- the moving picture
@@ -981,8 +1021,9 @@ def poster(runs):
 # ---------------------------------------------------------------- the command line
 PICTURES = {"task.png": task, "hero.png": hero, "store_aim.png": store_aim, "film.png": film,
             "seen_used.png": seen_used, "seen_used_bars.png": seen_used_bars,
-            "map.png": supervision, "new_facts.png": new_facts, "tuned.png": tuned,
-            "recursion.png": recursion, "grokking.gif": moving, "grokking.png": poster}
+            "map.png": supervision, "plain_data.png": plain_data, "new_facts.png": new_facts,
+            "tuned.png": tuned, "recursion.png": recursion, "grokking.gif": moving,
+            "grokking.png": poster}
 
 
 def draw(file, runs):

@@ -137,6 +137,9 @@ def root(tmp_path_factory):
                                inside_of(used=0.9 - 0.01 * seed, **hops))
             if regime == "natural":
                 write_film(folder)
+    for name, changes in (("long/phi_6", dict(phi=6.0)), ("long/natural", {})):
+        for seed in range(2):
+            write_run(root, f"{name}/seed{seed}", config_of("small", seed=seed, **changes), groks)
     write_frames(root / "small/second_full/seed0")
     for hop1 in (0.0, 0.25, 0.5, 0.75, 1.0):
         for hop2 in (0.0, 0.25, 0.5, 1.0):  # .75 is still missing
@@ -282,8 +285,13 @@ def test_messages_are_those_of_the_numbers(figures):
     assert said["seen_used_bars.png"] == (
         "Regime by regime of small, a swap redirects .89 of the right OOD answers; the lens sees "
         ".10 of the bridges")
-    assert said["map.png"] == ("Supervising all of hop 1 adds +.50 to its aim and +.00 to the store "
-                               "of hop 2; supervising all of hop 2 adds +.00 and +.40 (means)")
+    assert said["map.png"] == (
+        "Supervising all of hop 1 adds +.50 to its aim and +.00 to the store of hop 2; supervising "
+        "all of hop 2 adds +.00 and +.40 (means)")
+    assert said["plain_data.png"] == (
+        "With 6 training questions a fact it has fitted at step 1,500 and answers half of the "
+        "unseen ID questions at step 1,500; with 18 training questions a fact it has fitted at step 1,500 "
+        "and answers half of the unseen ID questions at step 1,500")
     assert said["new_facts.png"] == (
         "With .50 of the new facts exposed, the others serve better in each hop (.30 to .60 as hop "
         "1, .45 to .60 as hop 2); two of them are hardly chained (.10)")
