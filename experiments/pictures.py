@@ -365,8 +365,8 @@ def say_when(fits, answers):
 # ---------------------------------------------------------------- store and aim
 LEVELS = ("as_is", "snapped", "own_code")  # of analyze.aim_and_store
 BAR_PARTS = {"answered as it is": BLUE,
-             "+ the nearest code put in": SKY,
-             "+ the right code put in": PURPLE,
+             "more, with the nearest code in its place": SKY,
+             "more, with the right code in its place": PURPLE,
              "not even then: hop 2 is not stored": "0.88"}
 
 
@@ -390,7 +390,7 @@ def store_aim(runs):
         told.append(say_gains(group, aims))
     panels[0].set_ylabel("share of OOD questions answered")
     handles = [Patch(facecolor=color, label=name) for name, color in BAR_PARTS.items()]
-    handles.append(Line2D([], [], color="black", label="one seed, each level in its colour"))
+    handles.append(Patch(facecolor="white", edgecolor="black", label="one seed's three levels"))
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     set_message(figure, "; ".join(told))
     return figure
