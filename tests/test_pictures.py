@@ -289,9 +289,9 @@ def test_messages_are_those_of_the_numbers(figures):
         "Supervising all of hop 1 adds +.50 to its aim and +.00 to the store of hop 2; supervising "
         "all of hop 2 adds +.00 and +.40 (means)")
     assert said["plain_data.png"] == (
-        "With 6 training questions a fact it has fitted at step 1,500 and answers half of the "
-        "unseen ID questions at step 1,500; with 18 training questions a fact it has fitted at step 1,500 "
-        "and answers half of the unseen ID questions at step 1,500")
+        "With 6 training questions a fact the fit comes at step 1,500, half of the unseen ID "
+        "questions at step 1,500; with 18 training questions a fact the fit comes at step 1,500, "
+        "half of the unseen ID questions at step 1,500")
     assert said["new_facts.png"] == (
         "With .50 of the new facts exposed, the others serve better in each hop (.30 to .60 as hop "
         "1, .45 to .60 as hop 2); two of them are hardly chained (.10)")
@@ -314,6 +314,8 @@ def test_the_pictures_here_say_what_the_shipped_runs_give():
 
 
 def test_messages_do_not_say_what_is_not_so():
+    assert pictures.moment([700, None, 900]) == "at step 700 to 900, in 2 of 3 seeds"
+    assert pictures.moment([None]) == "never"
     assert pictures.say_when([700, None], [900, None]) == ("1 of 2 seeds do not fit their training")
     assert pictures.say_when([700, 800], [None, 2000]) == (
         "It has fitted its training at step 700 to 800; pairs of OOD facts come 1,200 steps "
