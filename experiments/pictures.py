@@ -703,8 +703,8 @@ def moment(steps):
     there = [step for step in steps if step is not None]
     if not there:
         return "never"
-    some = f", in {len(there)} of {len(steps)} seeds" if len(there) < len(steps) else ""
-    return f"at step {span(there, whole)}{some}"
+    seeds = f", in {len(there)} of {len(steps)} seeds" if len(there) < len(steps) else ""
+    return f"at step {span(there, whole)}{seeds}"
 
 
 # ---------------------------------------------------------------- new facts
