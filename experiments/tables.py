@@ -70,7 +70,7 @@ def readme(book):
     fenced = False
     for block in fill(read_template("readme.md"), book).split("\n\n"):
         fenced ^= block.count("```") == 1
-        is_prose = not fenced and not block.startswith(("#", "|", "!", "```", "  "))
+        is_prose = not fenced and not block.startswith(("#", "|", "!", "```", "  ", "<"))
         blocks.append(wrap(block) if is_prose else block)
     return "\n\n".join(blocks).rstrip("\n") + "\n"
 
