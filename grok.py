@@ -760,7 +760,10 @@ def write_metrics(trainer, folder):
 def read_checkpoint(path, use):
     """What `use` returns of what a .pt file holds; reading it runs no code."""
     with reading(path):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except (IndexError, TypeError, AttributeError) as error:  # torch's, over foreign bytes
+            raise ValueError(error)
         if not isinstance(saved, dict):
             raise ValueError("holds no dict")
         return use(saved)

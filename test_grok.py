@@ -1474,7 +1474,8 @@ def test_a_damaged_or_foreign_file_is_refused_and_runs_no_code(name, here, capsy
     torch.save([1, 2], plain)
     if name == "last.pt":
         cut_metrics("run", 3)
-    for content in (b"", path.read_bytes()[:-40], os.urandom(10**4), plain.getvalue(), b"[1]",
+    for content in (b"", path.read_bytes()[:-40], os.urandom(10**4), b"\x80\x02q\x00.",
+                    plain.getvalue(), b"[1]",
                     strange.getvalue(), pickle.dumps(Trap(), 2), b"[" * 10**5):
         path.write_bytes(content)
         if name == "metrics.jsonl" and content == b"":
