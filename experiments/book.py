@@ -17,7 +17,8 @@ from analyze import COMPOSITIONS, short
 from data import (BadInput, SPLITS, change_facts, compositions, make_splits, make_world, queries,
                   reading)
 from experiments.measure import NEW, r2_alone
-from experiments.verdicts import OPEN, SHARES, Missing, judge_all
+from experiments.verdicts import (FAILS, HOLDS, OPEN, PREDICTIONS, SHARES, Missing,
+                                  judge_all)
 from grok import PRESETS, WEIGHTS, Config, first_step, read_run
 
 FEW = 100  # queries; a number that rests on fewer says on how many
@@ -667,8 +668,8 @@ KEYS = {"training": ("runs", "measure"), "compositions": ("runs", "measure"),
         "counts": ("measure",), "predictions": ("name",), "needed": ("hops", "measure"),
         "site": ("runs", "weights"), "form": ("runs",),
         "graft": ("runs", "measure"), "data": ("phi", "ood_fraction"), "paper": ("runs", "measure")}
-# of words; the last has a file of its own
-NO_CSV = ("needed", "site", "form", "graft", "data", "paper")
+# of words, or with a file of its own
+NO_CSV = ("needed", "site", "form", "graft", "data", "paper", "predictions")
 FIELDS = ("mean", "least", "most", "n", "chance", "seeds", "without")
 
 
@@ -699,6 +700,9 @@ class Book(dict):
         numbers, self.verdicts = judge_all(self)  # {name: word}
         self["predictions"] = {(name,): Cell([number], kind)
                                for name, (number, kind) in numbers.items()}
+        outcomes = [self.verdicts[name] for name in PREDICTIONS]
+        for name, word in (("hold", HOLDS), ("fail", FAILS)):
+            self["counts"][name,] = Cell([outcomes.count(word)], "count")
 
     def look(self, words):
         """The Cell at "TABLE KEY ..."; NOTHING if there is none."""

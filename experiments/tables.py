@@ -10,7 +10,7 @@ The words of a page stand in page.md or readme.md; the numbers come from here, i
     {value:TABLE KEY ... [FIELD]}   a Cell of the book: "mean (least to most)", or one FIELD of it
     {verdict:NAME}                  holds, partly, differs or open (JUDGES), fails (PREDICTIONS)
     {exceptions} {left_out}         a table of runs; the runs that cannot be used, and why
-    {verdicts}                      the table of verdicts that page.md begins with
+    {failed}                        the predictions that failed, each with its number
     {when NAME WORD ...} ... {end}  lines that stand only if the verdict is one of these words
 
 and in tables a line "| = | TABLE @1 KEY | ..." says what is looked up in the lines below it, each
@@ -33,7 +33,7 @@ from analyze import short
 from data import BadInput, decode, read_bytes
 from experiments.book import (FIELDS, KEYS, NEVER, NO_CSV, NO_RUN, PAPER, RUN_COLUMNS, Book,
                               exceptions, read_runs)
-from experiments.verdicts import WORDS
+from experiments.verdicts import FAILS, JUDGES, PREDICTIONS, WORDS
 from grok import Parser, run_command, say, write_file
 
 
@@ -96,8 +96,8 @@ def fill_places(text, book):
             return exceptions_table(book)
         if kind == "left_out":
             return left_out_sentence(book.runs)
-        if kind == "verdicts":
-            return verdict_table(fill(read_template("page.md"), book))
+        if kind == "failed":
+            return failed_list(book)
         raise BadInput(f"template: {match.group(0)}: is no place")
 
     return re.sub(r"\{([^{}]*)\}", put, text)
@@ -173,6 +173,15 @@ def exceptions_table(book, most=8):
     return "\n".join(lines)
 
 
+def failed_list(book):
+    """A line a prediction that failed."""
+    lines = []
+    for name, (_, _, _, text) in PREDICTIONS.items():
+        if book.verdicts[name] == FAILS:
+            lines.append(f"- {text}: {book.say(f'predictions {name}')}")
+    return "\n".join(lines) or "*There is none.*"
+
+
 def left_out_sentence(runs):
     if not runs.left_out:
         return "No run was left out."
@@ -218,8 +227,27 @@ def all_files(root):
     files["tables/runs.csv"] = write_csv(columns, rows)
     paper = [[*keys, number, source] for keys, (number, source) in PAPER.items()]
     files["tables/paper.csv"] = write_csv(["runs", "measure", "number", "source"], paper)
-    files["tables/verdicts.csv"] = write_csv(["name", "verdict"], sorted(book.verdicts.items()))
+    files["tables/verdicts.csv"] = csv_of_verdicts(book)
+    files["tables/predictions.csv"] = csv_of_predictions(book)
     return files, book
+
+
+def csv_of_verdicts(book):
+    """A line a verdict: over both models, in each, and the rule."""
+    rows = []
+    for name, (_, rule) in JUDGES.items():
+        words = [book.verdicts[key] for key in (name, f"{name} small", f"{name} trm")]
+        rows.append([name, *words, rule])
+    return write_csv(["name", "verdict", "small", "trm", "rule"], rows)
+
+
+def csv_of_predictions(book):
+    """A line a prediction: what was predicted, the number that decides, and what came out."""
+    rows = []
+    for name, (_, rule, level, text) in PREDICTIONS.items():
+        number = book.look(f"predictions {name}").mean
+        rows.append([name, text, number, rule, level, book.verdicts[name]])
+    return write_csv(["name", "prediction", "number", "rule", "level", "outcome"], rows)
 
 
 def compare(files, out):
@@ -234,9 +262,9 @@ def compare(files, out):
 
 
 def verdict_table(page):
-    """The lines of the first table of the page."""
+    """The lines of README's table of verdicts."""
     lines = page.splitlines()
-    first = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    first = next(number for number, line in enumerate(lines) if line.startswith("| claim |"))
     rows = []
     for line in lines[first:]:
         if not line.startswith("|"):
@@ -276,7 +304,7 @@ def main(argv=None):
         out = args.out or args.root
         name_the_rest(book)
         if args.verdicts:
-            say(verdict_table(files["README.md"].decode()))
+            say(verdict_table(readme(book)))
         elif args.readme:
             write_file(HERE.parent / "README.md", readme(book).encode())
         elif args.check:

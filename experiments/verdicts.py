@@ -1,7 +1,7 @@
 """The verdicts of the results page, a small function each, and what became of the predictions.
 
 A verdict is computed from the numbers of a Book (experiments/tables.py), once for `small` and once
-for `trm`, by the rule in the docstring; the page says the same rules in words:
+for `trm`, by the rule in JUDGES, which verdicts.csv repeats:
 
     holds    as the paper says        partly   with another instrument, threshold or ceiling
     differs  not so                   open     a run or a measurement is missing, or decides nothing
@@ -176,10 +176,38 @@ def judge_blind(book, preset):
     return HOLDS
 
 
-JUDGES = {"sooner": judge_sooner, "stages": judge_stages, "folds": judge_folds,
-          "fake": judge_fake, "before": judge_before, "new_facts": judge_new_facts,
-          "r2_alone": judge_r2_alone, "ordinary": judge_ordinary,
-          "separate": judge_separate, "blind": judge_blind, "lacks": judge_lacks}
+JUDGES = {  # name: (function, its rule in words)
+    "sooner": (judge_sooner,
+        "Holds if every run with both hops supervised has .9 before any natural run; partly if "
+        "some do."),
+    "stages": (judge_stages,
+        "Holds if every run is fitted, then the lens sees half, then half is answered (or not "
+        "yet); partly if the nearest code, another instrument, gives this order."),
+    "folds": (judge_folds,
+        "Holds if the swap redirects .8 and as many are answered as in the paper; partly if "
+        "fewer are; open below .1 answered or 20 swapped answers a run."),
+    "fake": (judge_fake,
+        "Holds if the lens sees no more than the paper's and a swap redirects less than half; "
+        "differs if a swap redirects .8; open while less than half is answered."),
+    "before": (judge_before,
+        "Holds if it is so in every run, partly if in some."),
+    "new_facts": (judge_new_facts,
+        "Holds if hop 1 is ahead by .1 after 500 steps and after 6,000, partly if at one of the "
+        "two."),
+    "r2_alone": (judge_r2_alone,
+        "Holds if hop 1 is ahead of guessing by .1 in every run after 6,000 steps, partly if on "
+        "average."),
+    "ordinary": (judge_ordinary,
+        "Holds if less than half is answered with both losses, partly if with one of them."),
+    "separate": (judge_separate,
+        "Holds if at the fit hop 1 supervised gives an aim of .8 and a store below half, and "
+        "hop 2 supervised the reverse; partly if one does."),
+    "blind": (judge_blind,
+        "Holds if grading the answer alone lets the lens see half; partly if another change "
+        "does so, too."),
+    "lacks": (judge_lacks,
+        "Holds if in every run the store is .8 and the aim below half; partly if one is so."),
+}
 
 
 def combine(small, trm):
@@ -406,31 +434,57 @@ def predict_data_rule(book):
     return wrong, "count"
 
 
-PREDICTIONS = {  # name: (the number that decides, rule, level); written down in PREDICTIONS.md
-    "map_aim": (predict_aim, "at most", 0.15),
-    "map_store": (predict_store, "at most", 0.15),
-    "map_product": (predict_product, "at most", 0),
-    "map_nine": (predict_nine, "at most", 0),
-    "exposed_skill": (predict_skill, "at least", 0.1),
-    "exposed_both": (predict_both, "at most", 0.2),
-    "exposed_mend": (predict_mend, "at least", 0),
-    "exposed_quarter": (predict_quarter, "at least", 0),
-    "trm_answer": (predict_trm_answer, "at least", 0.95),
-    "trm_unseen": (predict_trm_unseen, "at most", 0.05),
-    "trm_used": (predict_trm_used, "at least", 0.8),
-    "trm_waits": (predict_trm_waits, "at least", 0),
-    "trm_long": (predict_trm_long, "at least", 0),
-    "trm_first": (predict_trm_first, "at least", 0),
-    "graft": (predict_graft, "at most", 0),
-    "ordinary_lacks": (predict_ordinary, "at most", 0.3),
-    "worlds_aim": (predict_worlds_aim, "at most", 0.15),
-    "worlds_store": (predict_worlds_store, "at most", 0.15),
-    "worlds_used": (predict_worlds_used, "at least", 0.8),
-    "data_few": (predict_data_few, "at most", 0),
-    "data_many": (predict_data_many, "at most", 0),
-    "data_all": (predict_data_all, "at most", 0),
-    "data_rule": (predict_data_rule, "at most", 0),
-    "data_long": (predict_data_long, "at most", 0.5),
+PREDICTIONS = {  # name: (the number that decides, rule, level, what PREDICTIONS.md says)
+    "map_aim": (predict_aim, "at most", 0.15,
+        "along hop 2's share the aim moves by .15 at most"),
+    "map_store": (predict_store, "at most", 0.15,
+        "along hop 1's share the store moves by .15 at most"),
+    "map_product": (predict_product, "at most", 0,
+        "where both shares are low the answer lies below aim times store (what it exceeds it "
+        "by)"),
+    "map_nine": (predict_nine, "at most", 0,
+        "nine in ten need both shares at .75, or hop 2 at 1 (squares that do with less)"),
+    "exposed_skill": (predict_skill, "at least", 0.1,
+        "half exposed, the others gain .1 or more in either hop"),
+    "exposed_both": (predict_both, "at most", 0.2,
+        "two unexposed facts are chained in less than .2"),
+    "exposed_mend": (predict_mend, "at least", 0,
+        "in new + old the right code mends, the nearest does not (to spare)"),
+    "exposed_quarter": (predict_quarter, "at least", 0,
+        "a quarter exposed lies between none and half (to spare)"),
+    "trm_answer": (predict_trm_answer, "at least", 0.95,
+        "trm, both hops supervised: .95 answered in every seed (the worst)"),
+    "trm_unseen": (predict_trm_unseen, "at most", 0.05,
+        "trm, both hops supervised: the lens is at chance, within .05 (above it)"),
+    "trm_used": (predict_trm_used, "at least", 0.8,
+        "trm, both hops supervised: a swap redirects .8 in every seed (the worst)"),
+    "trm_waits": (predict_trm_waits, "at least", 0,
+        "trm, step 5,000: hop 2 supervised is below .5, natural below .1 (to spare)"),
+    "trm_long": (predict_trm_long, "at least", 0,
+        "trm, hop 2 supervised, 12,000 steps: half answered, a swap redirects .8, seen in less "
+        "than half (to spare)"),
+    "trm_first": (predict_trm_first, "at least", 0,
+        "trm, hop 1 supervised: aim .8 or more, store below half (to spare)"),
+    "graft": (predict_graft, "at most", 0,
+        "the form follows the grafted weights (runs against)"),
+    "ordinary_lacks": (predict_ordinary, "at most", 0.3,
+        "an ordinary transformer lacks both hops: aim and store below .3 (the larger)"),
+    "worlds_aim": (predict_worlds_aim, "at most", 0.15,
+        "two other worlds: the aim is within .15 of the first world's (away)"),
+    "worlds_store": (predict_worlds_store, "at most", 0.15,
+        "two other worlds: the store is within .15 of the first world's (away)"),
+    "worlds_used": (predict_worlds_used, "at least", 0.8,
+        "two other worlds: a swap redirects .8 (the worse)"),
+    "data_few": (predict_data_few, "at most", 0,
+        "phi 3 memorises (squares against)"),
+    "data_many": (predict_data_many, "at most", 0,
+        "from phi 9 on there is a circuit for ID facts (squares against)"),
+    "data_all": (predict_data_all, "at most", 0,
+        "a circuit for all only from phi 12 on, with .06 OOD facts (squares against)"),
+    "data_rule": (predict_data_rule, "at most", 0,
+        "a border in phi, fitted on eleven squares, is right in four others (wrong)"),
+    "data_long": (predict_data_long, "at most", 0.5,
+        "phi 6 answers less than half of the unseen ID questions after 12,000 steps (mean)"),
 }
 
 
@@ -440,14 +494,14 @@ def judge_all(book):
     of "fake small" and "fake trm"."""
     verdicts = {}
     numbers = {}
-    for name, judge in JUDGES.items():
+    for name, (judge, _) in JUDGES.items():
         for preset in ("small", "trm"):
             try:
                 verdicts[f"{name} {preset}"] = judge(book, preset)
             except Missing:
                 verdicts[f"{name} {preset}"] = OPEN
         verdicts[name] = combine(verdicts[f"{name} small"], verdicts[f"{name} trm"])
-    for name, (predict, rule, level) in PREDICTIONS.items():
+    for name, (predict, rule, level, _) in PREDICTIONS.items():
         try:
             numbers[name] = predict(book)
         except Missing:
