@@ -178,13 +178,13 @@ def patch_map(model, tokens, new, predicted):
     maps = {}
     for outcome in outcomes:
         maps[outcome] = {part: np.zeros((n_loops, T)) for part in PARTS}
-    usual = predict(model, tokens)
+    unpatched = predict(model, tokens)
     predicted = torch.as_tensor(predicted)
     for loop, part, position in product(range(n_loops), PARTS, range(T)):
         put = new[part][loop, :, position]                              # (N, D)
         answers = patch(model, tokens, {(loop, part, position): put}).argmax(-1)
         redirected = answers == predicted
-        changed = ~redirected & (answers != usual)
+        changed = ~redirected & (answers != unpatched)
         maps["redirected"][part][loop, position] = share(redirected)
         maps["changed"][part][loop, position] = share(changed)
         maps["unchanged"][part][loop, position] = share(~redirected & ~changed)

@@ -1071,10 +1071,10 @@ def parse(argv=None):
             group = parser.add_argument_group(GROUPS[item.name])
         words = [word for word in item.metadata.get("words", ()) if word]
         shown = f" [{', '.join(words)}]" if words and item.name != "facts" else ""
-        usual = "" if item.default == "" else f" ({item.default})"
+        default = "" if item.default == "" else f" ({item.default})"
         group.add_argument("--" + item.name.replace("_", "-"), metavar="V",
                            type=truth if item.type is bool else item.type,
-                           help=f"{item.metadata.get('help', '')}{shown}{usual}")
+                           help=f"{item.metadata.get('help', '')}{shown}{default}")
     group.add_argument("--regime", metavar="V", help="hop1, hop2 and k by the paper's names "
                        f"[{', '.join(REGIMES)}]")
     group.add_argument("--start", metavar="RUN", help="the run to fine-tune on new facts")

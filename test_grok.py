@@ -1102,7 +1102,7 @@ def after_step(monkeypatch, number, action):
 def test_ctrl_c_before_the_first_evaluation_loses_nothing(times, said, here, monkeypatch, capsys):
     """It waits for the end of the step, then saves; whoever presses it three times will not wait.
     Either way the same command ends as if it had not been pressed."""
-    usual = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT)
 
     def press(trainer):
         for _ in range(times):
@@ -1112,7 +1112,7 @@ def test_ctrl_c_before_the_first_evaluation_loses_nothing(times, said, here, mon
         after_step(patch, 3, press)
         assert grok.main([*BRIEF, "--out", "cut"]) == 130
     assert capsys.readouterr().err == f"grok.py: {said}\n"
-    assert signal.getsignal(signal.SIGINT) is usual
+    assert signal.getsignal(signal.SIGINT) is before
     left = {path.name for path in Path("cut").iterdir()}
     assert left == ({"config.json", "last.pt"} if times == 1 else {"config.json"})
     if times == 1:

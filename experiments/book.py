@@ -17,8 +17,8 @@ from analyze import COMPOSITIONS, short
 from data import (BadInput, SPLITS, change_facts, compositions, make_splits, make_world, queries,
                   reading)
 from experiments.measure import NEW, r2_alone
-from experiments.verdicts import (FAILS, HOLDS, OPEN, PREDICTIONS, SHARES, Missing,
-                                  judge_all)
+from experiments.predictions import predict_all
+from experiments.verdicts import FAILS, HOLDS, OPEN, SHARES, Missing, judge_all
 from grok import PRESETS, WEIGHTS, Config, first_step, read_run
 
 FEW = 100  # queries; a number that rests on fewer says on how many
@@ -697,12 +697,12 @@ class Book(dict):
         self["r2_alone"] = r2_alone_cells()
         self["counts"] = {**count_cells(self.rows), ("hours",): hours(runs)}
         self["paper"] = {keys: Cell([text], "text") for keys, (text, _) in PAPER.items()}
-        numbers, self.verdicts = judge_all(self)  # {name: word}
+        numbers, outcomes = predict_all(self)
+        self.verdicts = {**judge_all(self), **outcomes}  # {name: word}
         self["predictions"] = {(name,): Cell([number], kind)
                                for name, (number, kind) in numbers.items()}
-        outcomes = [self.verdicts[name] for name in PREDICTIONS]
         for name, word in (("hold", HOLDS), ("fail", FAILS)):
-            self["counts"][name,] = Cell([outcomes.count(word)], "count")
+            self["counts"][name,] = Cell([list(outcomes.values()).count(word)], "count")
 
     def look(self, words):
         """The Cell at "TABLE KEY ..."; NOTHING if there is none."""

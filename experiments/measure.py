@@ -3,14 +3,17 @@
     python -m experiments.measure RUN...        inside.json in each of these run folders
     python -m experiments.measure --film RUN    film.json in RUN: trains it anew, and looks inside
                                                 at every evaluation
+    python -m experiments.measure --frames RUN  frames.npz: the same, for the moving picture
 
 inside.json holds what `analyze.inference_path` finds at the fit and at the end, without its maps:
 {"fit", "end": {"site", "test_id", "test_ood", "aim"}}. Of a run on new facts it holds what
 `look_at_new_facts` finds, and "r2_alone": how many of its test questions are right if one answers
 each with what its second relation had most often in training. That needs no weights.
 """
+import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -20,10 +23,10 @@ if not __package__:  # started as a script, `python experiments/measure.py`, fro
 import numpy as np
 import torch
 
-from analyze import (aim_and_store, bridge_site, check_writable, codes, fit_on, inference_path,
-                     plain, right_only, swap_maps)
+from analyze import (aim_and_store, bridge_site, check_writable, codes, donor_map, fit_on,
+                     inference_path, logit_lens, other_r2, plain, right_only, swap_maps)
 from data import BadInput
-from grok import (Parser, Trainer, WEIGHTS, load_data, load_run, read_run, run_command, say,
+from grok import (PARTS, Parser, Trainer, WEIGHTS, load_data, load_run, read_run, run_command, say,
                   to_tokens, write_file)
 
 NEW = ("new_old", "old_new", "new_new", "exposed_old", "old_exposed")
@@ -63,11 +66,11 @@ def r2_alone(world, splits):
     counts = np.zeros((world.n_relations, world.n_entities))
     for r2, t in zip(trained.r2, trained.t):
         counts[r2, t] += 1
-    usual = counts.argmax(1)                                                    # (R,)
+    most_frequent = counts.argmax(1)                                                   # (R,)
     result = {}
     for name in NEW:
         if name in splits and len(splits[name].h):
-            result[name] = float((usual[splits[name].r2] == splits[name].t).mean())
+            result[name] = float((most_frequent[splits[name].r2] == splits[name].t).mean())
     return result
 
 
@@ -139,6 +142,41 @@ def frame(model, world, pools, fitted, sites):
             for name, queries in pools.items()}
 
 
+def film_maps(folder, n=100):
+    """Train the run of this folder anew, on the CPU; the bytes of frames.npz, which holds "step"
+    (S,), one an evaluation; "answer" (S,), the share of OOD questions answered; and in
+    (S, n_loops, 2, T), the parts in the order of PARTS, "seen", the share of n OOD questions whose
+    bridge is top-1 there, and "used", the share that a donor of another r2 redirects."""
+    read_run(folder)  # an unfinished one is refused
+    config, world, splits = load_data(folder)
+    if config.new_facts:
+        raise BadInput(f"{folder}: is a run on new facts, and has no OOD questions")
+    rng = np.random.default_rng(0)
+    pool = splits["test_ood"].take(rng.permutation(len(splits["test_ood"].h)))
+    swapped = other_r2(world, pool.take(slice(n)), pool, rng)
+    trainer = Trainer(replace(config, device="cpu"), world, splits)
+    frames = []
+    for line in evaluations(trainer):
+        frames.append({"step": line["step"], "answer": line["accuracy"]["test_ood"],
+                       **seen_and_used(trainer.average, world, *swapped)})
+    check_same_end(folder, line)
+    content = io.BytesIO()
+    arrays = {name: np.array([frame[name] for frame in frames]) for name in frames[0]}
+    np.savez_compressed(content, **arrays)
+    return content.getvalue()
+
+
+def seen_and_used(model, world, clean, donor, predicted):
+    """{"seen", "used": (n_loops, 2, T)} of one moment."""
+    tokens, _ = to_tokens(clean, world, model.config.layout)
+    redirected = donor_map(model, world, clean, donor, predicted)["redirected"]
+    top = logit_lens(model, tokens)
+    bridges = torch.from_numpy(clean.b)[:, None]                                # (N, 1)
+    seen = [(top[part] == bridges).float().mean(1).numpy() for part in PARTS]
+    used = [redirected[part].astype(np.float32) for part in PARTS]
+    return {"seen": np.stack(seen, axis=1), "used": np.stack(used, axis=1)}
+
+
 def read_inside(folder):
     """inside.json of a run folder; {} where it was not looked into."""
     path = Path(folder, "inside.json")
@@ -152,11 +190,16 @@ def main(argv=None):
         status = 0
         parser = Parser(prog="experiments.measure", description="What the results page reads.")
         parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-        parser.add_argument("--film", action="store_true", help="train anew, look at every step")
+        anew = parser.add_mutually_exclusive_group()
+        anew.add_argument("--film", action="store_true", help="train anew: aim and store")
+        anew.add_argument("--frames", action="store_true", help="train anew: the moving picture")
         args = parser.parse_args(argv)
         for folder in args.runs:
             try:
-                measure_run(folder, args.film)
+                check_writable(folder)
+                name, content = measure_run(folder, args)
+                write_file(folder / name, content)
+                say(f"{folder.as_posix()}: {name}")
             except (BadInput, OSError) as error:  # says so, and goes on to the next
                 print(f"experiments.measure: {error}", file=sys.stderr)
                 status = 2
@@ -165,15 +208,18 @@ def main(argv=None):
     return run_command("experiments.measure", body)
 
 
-def measure_run(folder, is_film):
-    """Write inside.json or film.json of one run."""
-    check_writable(folder)
-    name = "film.json" if is_film else "inside.json"
-    measured = film(folder) if is_film else look_into(folder)
+def measure_run(folder, args):
+    """(name, bytes) of the file that is asked for of one run."""
+    if args.film or args.frames:
+        torch.set_num_threads(1)  # more would take sums in another order: another run
+    if args.frames:
+        return "frames.npz", film_maps(folder)
+    if args.film:
+        return "film.json", json.dumps(film(folder)).encode()
+    measured = look_into(folder)
     if not measured:
         raise BadInput(f"{folder}: holds no weights to look into")
-    write_file(folder / name, json.dumps(measured).encode())
-    say(f"{folder.as_posix()}: {name}")
+    return "inside.json", json.dumps(measured).encode()
 
 
 if __name__ == "__main__":

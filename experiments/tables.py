@@ -33,7 +33,8 @@ from analyze import short
 from data import BadInput, decode, read_bytes
 from experiments.book import (FIELDS, KEYS, NEVER, NO_CSV, NO_RUN, PAPER, RUN_COLUMNS, Book,
                               exceptions, read_runs)
-from experiments.verdicts import FAILS, JUDGES, PREDICTIONS, WORDS
+from experiments.predictions import PREDICTIONS
+from experiments.verdicts import FAILS, JUDGES, WORDS
 from grok import Parser, run_command, say, write_file
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 import grok
 from analyze import other_r2, patch, right_only, values_of
 from data import REGIMES
-from experiments import pictures
+from experiments import canvas, charts, diagrams, measure, pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "runs/shipped"
@@ -159,11 +159,11 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(root):
-    return pictures.Shelf(root)
+    return canvas.Shelf(root)
 
 
 def figure_of(file, runs):
-    with rc_context(pictures.STYLE):
+    with rc_context(canvas.STYLE):
         return pictures.PICTURES[file](runs)
 
 
@@ -245,15 +245,14 @@ def test_missing_runs_skip_a_picture_and_what_is_unfinished_is_named(root, tmp_p
     for file in ("hero.png", "film.png", "map.png", "tuned.png", "new_facts.png", "recursion.png"):
         assert f"{file}: skipped" in said and not (tmp_path / "out" / file).exists()
     assert (tmp_path / "out/store_aim.png").exists()
-    bars = figure_of("seen_used_bars.png", pictures.Shelf(some))
-    names = [label.get_text() for label in bars.axes[0].get_xticklabels()]
-    assert names[:2] == ["natural\n1 seed", "both half\n2 seeds"]
+    aims = figure_of("store_aim.png", canvas.Shelf(some))
+    assert aims.axes[0].get_title() == "small, natural, 1 seed"
 
 
 def test_what_is_asked_wrongly_is_one_line_and_nothing_is_written(root, tmp_path, capsys):
     out = tmp_path / "out"
     for options in (["--root", str(tmp_path)], ["--root", str(root), "--only", "cells.png"],
-                    ["--frames", str(tmp_path)], ["--roots", "x"]):
+                    ["--roots", "x"]):
         assert pictures.main([*options, "-o", str(out)]) == 2
         said = capsys.readouterr().err
         assert said.startswith("experiments.pictures: ") and said.count("\n") == 1
@@ -282,9 +281,6 @@ def test_messages_are_those_of_the_numbers(figures):
     assert said["seen_used.png"] == (
         "Of 37 runs that answer half of the OOD questions, a swap redirects .8 or more of the "
         "answers in 36; the lens sees less than half of the bridges in 33")
-    assert said["seen_used_bars.png"] == (
-        "Regime by regime of small, a swap redirects .89 of the right OOD answers; the lens sees "
-        ".10 of the bridges")
     assert said["map.png"] == (
         "Supervising all of hop 1 adds +.50 to its aim and +.00 to the store of hop 2; supervising "
         "all of hop 2 adds +.00 and +.40 (means)")
@@ -306,7 +302,7 @@ def test_messages_are_those_of_the_numbers(figures):
 
 def test_the_pictures_here_say_what_the_shipped_runs_give():
     """Each carries its message as the title of the file."""
-    shelf = pictures.Shelf(ROOT / "runs/shipped")
+    shelf = canvas.Shelf(ROOT / "runs/shipped")
     for file in sorted(pictures.PICTURES):
         if file.endswith(".png"):
             with Image.open(ROOT / "figures" / file) as image:
@@ -314,22 +310,22 @@ def test_the_pictures_here_say_what_the_shipped_runs_give():
 
 
 def test_messages_do_not_say_what_is_not_so():
-    assert pictures.moment([700, None, 900]) == "at step 700 to 900, in 2 of 3 seeds"
-    assert pictures.moment([None]) == "never"
-    assert pictures.say_when([700, None], [900, None]) == ("1 of 2 seeds do not fit their training")
-    assert pictures.say_when([700, 800], [None, 2000]) == (
+    assert charts.moment([700, None, 900]) == "at step 700 to 900, in 2 of 3 seeds"
+    assert charts.moment([None]) == "never"
+    assert charts.say_when([700, None], [900, None]) == ("1 of 2 seeds do not fit their training")
+    assert charts.say_when([700, 800], [None, 2000]) == (
         "It has fitted its training at step 700 to 800; pairs of OOD facts come 1,200 steps "
         "later, in 1 of 2 seeds")
-    assert "have not come" in pictures.say_when([700], [None])
+    assert "have not come" in charts.say_when([700], [None])
     waiting = {stage: [{"own_code": 0.1, "nearest_right": 0.3}] for stage in ("fit", "end")}
-    assert pictures.say_gains("trm/natural", waiting) == (
+    assert charts.say_gains("trm/natural", waiting) == (
         "trm, natural: after the fit it does not store hop 2 (.10 to .10) and does not aim hop 1 "
         "(.30 to .30)")
-    maps = dict.fromkeys(pictures.PANELS, np.full((5, 5), np.nan))
+    maps = dict.fromkeys(charts.PANELS, np.full((5, 5), np.nan))
     maps["answer"] = np.where(np.eye(5) > 0, 0.5, np.nan)
-    assert pictures.say_map(maps) == "Answer, aim, store and lens in 5 of 25 cells"
+    assert charts.say_map(maps) == "Answer, aim, store and lens in 5 of 25 cells"
     alike = np.add.outer(np.arange(5.0), np.arange(5.0)) / 10
-    assert pictures.say_map({"answer": alike, "aim": alike, "store": alike}).startswith(
+    assert charts.say_map({"answer": alike, "aim": alike, "store": alike}).startswith(
         "Supervising all of hop 1 adds +.40 to its aim and +.40 to the store of hop 2")
 
 
@@ -342,7 +338,7 @@ def test_the_swap_of_task_png_works_where_it_is_drawn_and_not_in_the_state_after
     clean, donor, predicted = other_r2(world, right, right, rng)
     tokens, _ = grok.to_tokens(clean, world, "bidirectional")
     theirs = values_of(model, grok.to_tokens(donor, world, "bidirectional")[0])
-    loop, part, position = pictures.SITE
+    loop, part, position = diagrams.SITE
     shares = {}
     for at in grok.PARTS:
         new = {(loop, at, position): theirs[at][loop, :, position]}
@@ -378,7 +374,7 @@ def test_the_recursion_shows_each_site_where_it_is(root, tmp_path):
     config = config_of("trm", hop1=1.0, hop2=1.0)
     folder = write_run(tmp_path, "trm/both_full/seed0", config, groks)
     write_paths(folder, config, [[22, "mixed", 2], [24, "mixed", 2]])
-    figure = figure_of("recursion.png", pictures.Shelf(tmp_path))
+    figure = figure_of("recursion.png", canvas.Shelf(tmp_path))
     assert "a swap inside z_L pass 11 and z_L pass 12 redirects" in message_of(figure)
     framed = {}
     for number, axes in enumerate(figure.axes):
@@ -392,7 +388,7 @@ def test_the_recursion_shows_each_site_where_it_is(root, tmp_path):
     assert figure.axes[6].get_title(loc="left") == "z_H\npass 1"
     write_paths(folder, config, [[27, "state", 3]])
     assert "a swap after z_H pass 2 redirects" in message_of(
-        figure_of("recursion.png", pictures.Shelf(tmp_path)))
+        figure_of("recursion.png", canvas.Shelf(tmp_path)))
 
 
 # ---------------------------------------------------------------- the moving picture
@@ -405,7 +401,7 @@ def smoke(tmp_path_factory):
 
 
 def test_a_filmed_run_is_the_run(smoke):
-    assert pictures.main(["--frames", str(smoke)]) == 0
+    assert measure.main(["--frames", str(smoke)]) == 0
     frames = np.load(smoke / "frames.npz")
     _, history = grok.read_run(smoke)
     assert frames["step"].tolist() == [30, 60]
@@ -418,7 +414,7 @@ def test_a_run_that_ends_otherwise_is_refused(smoke, tmp_path, capsys):
     history[-1]["accuracy"]["test_ood"] += 0.01
     shutil.copy(smoke / "config.json", tmp_path)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
-    assert pictures.main(["--frames", str(tmp_path)]) == 2
+    assert measure.main(["--frames", str(tmp_path)]) == 2
     assert "ends otherwise" in capsys.readouterr().err
     assert not (tmp_path / "frames.npz").exists()
 
@@ -427,7 +423,7 @@ def test_a_frame_against_one_query_at_a_time(smoke):
     model, world, splits = grok.load_run(smoke)
     pool = splits["test_ood"]
     clean, donor, predicted = other_r2(world, pool.take(slice(20)), pool, np.random.default_rng(0))
-    frame = pictures.measure_frame(model, world, clean, donor, predicted)
+    frame = measure.seen_and_used(model, world, clean, donor, predicted)
     loop, part, position = 1, "state", 2
     seen = used = 0
     for i in range(len(predicted)):

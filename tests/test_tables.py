@@ -1,4 +1,5 @@
-"""What experiments/tables.py, book.py and verdicts.py promise: `pytest tests/test_tables.py`.
+"""What experiments/tables.py promises, with book.py, verdicts.py and predictions.py, which it needs:
+`pytest tests/test_tables.py`.
 
 The page is that of the shipped runs; all else is tried on made-up runs, whose numbers are known.
 """
@@ -18,7 +19,7 @@ import pytest
 import data
 import grok
 from experiments import book as book_module
-from experiments import run_all, tables, verdicts
+from experiments import predictions, run_all, tables, verdicts
 from experiments.book import Book, Cell, read_runs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,12 +136,12 @@ def classes_of_data(border, wrong=()):
     (7, (), 0), (12, (), 0), (7, [(6, "0.25")], 1), (7, [(6, "0.06"), (12, "0.125")], 2)])
 def test_the_border_of_plain_data_is_fitted_on_other_cells_than_it_is_tested_on(border, wrong,
                                                                                number):
-    assert verdicts.predict_data_rule(classes_of_data(border, wrong)) == (number, "count")
+    assert predictions.predict_data_rule(classes_of_data(border, wrong)) == (number, "count")
 
 
 def test_without_a_cell_on_either_side_there_is_no_border():
     with pytest.raises(verdicts.Missing):
-        verdicts.predict_data_rule(classes_of_data(3))
+        predictions.predict_data_rule(classes_of_data(3))
 
 
 def test_grafts_are_counted_by_whether_the_two_seeds_differ_in_form(write):
@@ -154,7 +155,7 @@ def test_grafts_are_counted_by_whether_the_two_seeds_differ_in_form(write):
     said = [book.say(f"graft small/both_full {name}")
             for name in ("alike", "alike_follow", "parted", "parted_follow")]
     assert said == ["1", "1", "2", "1"]
-    assert verdicts.predict_graft(book) == (1, "count")
+    assert predictions.predict_graft(book) == (1, "count")
 
 
 def test_the_form_of_the_bridge_is_told_seed_by_seed(write):
@@ -597,14 +598,22 @@ def test_predictions_of_the_map_are_judged_by_their_number():
         cells[f"{place} aim"] = [hop1 + (0.25 * hop2 if hop1 == 0.5 else 0)]
         cells[f"{place} store"] = [hop2]
     book = Stub(cells)
-    outcomes = {name: verdicts.PREDICTIONS[name][0](book)[0] for name in
+    outcomes = {name: predictions.PREDICTIONS[name][0](book)[0] for name in
                 ("map_aim", "map_store", "map_product", "map_nine")}
     assert outcomes == pytest.approx({"map_aim": 0.25, "map_store": 0, "map_product": 0,
                                       "map_nine": 0})
-    outcomes, words = verdicts.judge_all(book)
+    _, words = predictions.predict_all(book)
     assert [words[name] for name in ("map_aim", "map_store", "map_product", "map_nine")] == [
         "fails", "holds", "holds", "holds"]
-    assert words["exposed_skill"] == words["fake"] == "open"
+    assert words["exposed_skill"] == verdicts.judge_all(book)["fake"] == "open"
+
+
+def test_a_prediction_may_be_a_place_in_the_book():
+    book = Stub({"training long/phi_6 test_id": [0.25, 0.5], "training trm/both_full test_ood":
+                 [0.97, 0.9]})
+    numbers, words = predictions.predict_all(book)
+    assert numbers["data_long"] == (0.375, "share") and words["data_long"] == "holds"
+    assert numbers["trm_answer"] == (0.9, "share") and words["trm_answer"] == "fails"
 
 
 def test_the_fewest_extra_compositions_for_nine_answers_in_ten():
@@ -659,9 +668,9 @@ def test_every_verdict_and_prediction_stands_in_a_csv_with_its_rule(whole):
         assert any(line.startswith(f"{name},{book.verdicts[name]},") for line in lines), name
     assert all("Holds if" in line for line in lines[1:])
     lines = files["tables/predictions.csv"].decode().splitlines()
-    assert len(lines) == 1 + len(verdicts.PREDICTIONS)
+    assert len(lines) == 1 + len(predictions.PREDICTIONS)
     page = files["README.md"].decode()
-    for name, (_, _, _, text) in verdicts.PREDICTIONS.items():
+    for name, (_, _, _, text) in predictions.PREDICTIONS.items():
         assert (f"- {text}: " in page) == (book.verdicts[name] == "fails"), name
 
 

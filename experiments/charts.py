@@ -1,0 +1,478 @@
+"""The charts of README and results page, one function each; a Shelf of runs gives their numbers."""
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+
+from analyze import short
+from experiments.book import get, is_of_map, share_at
+from experiments.canvas import (BLUE, GREEN, GREY, INDIGO, PURPLE, SAND, SKY, WIDTH, WINE, Absent,
+                                draw_curves, label_ends, mean, mean_of, name_of, new_curves,
+                                set_message, shares_of, show_shares, span, steps_of, tick, whole)
+from grok import first_step
+
+# ---------------------------------------------------------------- it groks
+def hero(runs):
+    """Training, unseen ID and unseen OOD questions of `tiny`."""
+    group = runs.group("tiny/natural")
+    curves = {}
+    for split, name, color in (("train_inferred", "training", GREY),
+                               ("test_id", "unseen, of\nID facts", SKY),
+                               ("test_ood", "unseen, of\nOOD facts", BLUE)):
+        curves[name] = (color, [shares_of(run, split) for run in group])
+    figure, axes = new_curves("share of two-step questions answered",
+                              f"training step ({name_of('tiny/natural', group)})")
+    draw_curves(axes, steps_of(group), curves)
+    fits = [first_step(run.history, 0.99, "train_inferred") for run in group]
+    answers = [first_step(run.history, 0.9, "test_ood") for run in group]
+    if None not in fits + answers:
+        shade_wait(axes, np.mean(fits), np.mean(answers))
+    set_message(figure, say_when(fits, answers))
+    return figure
+
+
+def shade_wait(axes, fit, answered):
+    """The time between the fit and nine OOD answers in ten."""
+    axes.axvspan(fit, answered, color="0.95", linewidth=0, zorder=0)
+    axes.annotate("", (answered, 0.06), (fit, 0.06), arrowprops=dict(arrowstyle="<->"))
+    axes.text((fit + answered) / 2, 0.08, "from .99 of the training\nto .9 of the OOD questions",
+              ha="center", va="bottom")
+
+
+def say_when(fits, answers):
+    """The message of `hero`, from the steps of the fit and of nine OOD answers in ten."""
+    if None in fits:
+        return f"{fits.count(None)} of {len(fits)} seeds do not fit their training"
+    known = f"It has fitted its training at step {span(fits, whole)}"
+    waits = [step - fit for fit, step in zip(fits, answers) if step is not None]
+    if not waits:
+        return f"{known}; pairs of OOD facts have not come when training ends"
+    where = "" if len(waits) == len(fits) else f", in {len(waits)} of {len(fits)} seeds"
+    return f"{known}; pairs of OOD facts come {span(waits, whole)} steps later{where}"
+
+
+# ---------------------------------------------------------------- store and aim
+LEVELS = ("as_is", "snapped", "own_code")  # of analyze.aim_and_store
+BAR_PARTS = {"answered as it is": BLUE,
+             "more, with the nearest code in its place": SKY,
+             "more, with the right code in its place": PURPLE,
+             "not even then: hop 2 is not stored": "0.88"}
+
+
+def store_aim(runs):
+    """What stands between an OOD question and its right answer, at the fit and at the end."""
+    groups = {"small/natural": runs.measured_group("small/natural")}
+    for other in ("trm/natural", "small/second_full"):
+        seeds = runs.measured(runs.groups.get(other, []))
+        if seeds and len(groups) == 1:
+            groups[other] = seeds
+    figure = Figure((WIDTH, 4.4), layout="constrained")
+    told = []
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, group in zip(panels, groups):
+        aims = {}
+        for stage in ("fit", "end"):
+            aims[stage] = [run.inside[stage]["aim"]["test_ood"] for run in groups[group]
+                           if stage in run.inside]
+        draw_aims(axes, aims)
+        axes.set_title(name_of(group, groups[group]))
+        told.append(say_gains(group, aims))
+    panels[0].set_ylabel("share of OOD questions answered")
+    handles = [Patch(facecolor=color, label=name) for name, color in BAR_PARTS.items()]
+    handles.append(Patch(facecolor="white", edgecolor="black", label="one seed's three levels"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    set_message(figure, "; ".join(told))
+    return figure
+
+
+def draw_aims(axes, aims):
+    """A stacked bar a stage, {stage: [aim_and_store of a seed]}, and each seed's levels."""
+    names = []
+    for x, (stage, seeds) in enumerate(aims.items()):
+        levels = [mean_of(seeds, level) for level in LEVELS] + [1.0]
+        bottom = 0.0
+        for level, color in zip(levels, BAR_PARTS.values()):
+            top = max(bottom, level)  # a step that mends nothing, or less than nothing, has no part
+            axes.bar(x, top - bottom, 0.66, bottom, color=color)
+            if top - bottom >= 0.05:
+                axes.text(x + 0.21, (top + bottom) / 2, short(top - bottom), ha="center",
+                          va="center", color="white" if color == BLUE else "black")
+            bottom = top
+        for seed, aim in enumerate(seeds):
+            left = x - 0.31 + 0.13 * seed
+            for level, color in zip(LEVELS, BAR_PARTS.values()):
+                for width, ink in ((4.5, "black"), (2.5, color)):  # a rim around the colour
+                    axes.plot([left, left + 0.1], [aim[level]] * 2, color=ink, linewidth=width)
+        right = mean(aim["nearest_right"] for aim in seeds)
+        names.append(f"at the {stage}\n(nearest code right: {short(right)})")
+    show_shares(axes)
+    axes.set_xticks(range(len(names)), names)
+
+
+def say_gains(group, aims):
+    """What happens between the fit and the end, in words."""
+    told = []
+    for key, verb, hop in (("own_code", "store", "hop 2"), ("nearest_right", "aim", "hop 1")):
+        before = mean_of(aims["fit"], key)
+        after = mean_of(aims["end"], key)
+        does = f"{verb}s" if after - before >= 0.1 else f"does not {verb}"
+        told.append(f"{does} {hop} ({short(before)} to {short(after)})")
+    name = group.replace("/", ", ").replace("_", " ")
+    return f"{name}: after the fit it {' and '.join(told)}"
+
+
+def film(runs):
+    """Store, aim and answer along training."""
+    group = [run for run in runs.group("small/natural") if run.film]
+    if not group:
+        raise Absent("no finished run of small/natural that was filmed")
+    films = [run.film for run in group]
+    steps = [frame["step"] for frame in films[0]]
+    figure, axes = new_curves("share of OOD questions",
+                              f"training step ({name_of('small/natural', group)})")
+    curves = {}
+    for key, name, color in (("own_code", "store: the right\ncode is answered", PURPLE),
+                             ("nearest_right", "aim: the nearest\ncode is right", GREEN),
+                             ("as_is", "answered as it is", BLUE)):
+        curves[name] = (color, [curve_of(frames, key) for frames in films])
+    draw_curves(axes, steps, curves)
+    fits = [first_step(run.history, 0.99, "train_inferred") or steps[0] for run in group]
+    axes.axvspan(min(fits) - 8, max(fits) + 8, color="0.85", linewidth=0, zorder=0)
+    axes.text(max(fits), 1.0, "  the fit of the training", va="center")
+    at_fit = int(np.searchsorted(steps, max(fits)))
+    store, aim, answer = (np.mean(seeds, axis=0)[at_fit:] for _, seeds in curves.values())
+    below = (answer <= np.minimum(store, aim) + 0.02).all()
+    set_message(figure, f"After the fit hop 2 gets stored ({rise(store)}) and hop 1 aimed "
+                f"({rise(aim)}); the answers {'stay below both' if below else 'go'} "
+                f"({rise(answer)})")
+    return figure
+
+
+def curve_of(frames, key):
+    """One number of the OOD questions along a film."""
+    return [frame["test_ood"][key] for frame in frames]
+
+
+def rise(curve):
+    return f"{short(curve[0])} to {short(curve[-1])}"
+
+
+# ---------------------------------------------------------------- used where it is not seen
+KINDS = {"small": BLUE, "tiny": SKY, "trm": WINE, "dials of small": SAND,
+         "map of supervision": INDIGO}
+
+
+def kind_of(run):
+    """The one of KINDS that a run belongs to."""
+    folder = run.name.split("/")[0]
+    if folder in ("dial", "map"):
+        return {"dial": "dials of small", "map": "map of supervision"}[folder]
+    if run.config.model == "recursive":
+        return "trm"
+    return "tiny" if run.config.preset == "tiny" else "small"
+
+
+def seen_and_used(run):
+    """{"seen", "seen_chance", "used", "used_chance"} of the OOD questions at the end; None if one
+    of them was not measured."""
+    measured = run.inside["end"]
+    lens = measured["test_ood"]["seen"]["paper"]
+    swaps = measured["site"]["test_ood"]
+    shares = {"seen": lens["any"], "seen_chance": lens["any_chance"], "used": swaps["donor"],
+              "used_chance": swaps["noise"]}
+    return None if None in shares.values() else shares
+
+
+def seen_used(runs):
+    """One point a run that answers half or more of its OOD questions."""
+    points = {}
+    for run in runs.all():
+        answer = get(run.inside, "end aim test_ood as_is")
+        if answer is None or answer < 0.5:
+            continue
+        shares = seen_and_used(run)
+        if shares is None:
+            runs.left_out[run.name] = "has no lens or no swaps (0 queries)"
+        else:
+            points[run.name] = {"kind": kind_of(run), **shares}
+    if not points:
+        raise Absent("no measured run that answers half of its OOD questions")
+    figure = Figure((WIDTH, 5.0), layout="constrained")
+    axes = figure.subplots()
+    draw_points(axes, points)
+    for used, name in sorted((point["used"], name) for name, point in points.items())[:4]:
+        seen = points[name]["seen"]
+        if used < 0.8:  # the exceptions have names
+            axes.text(seen, used - 0.02, name, fontsize=8, va="top",
+                      ha="left" if seen < 0.5 else "right")
+    show_shares(axes, "x")
+    show_shares(axes)
+    axes.set_xlabel("seen: share of OOD bridges that the paper's lens shows, at any place")
+    axes.set_ylabel("used: share of right OOD answers that a swap redirects")
+    n_used = sum(point["used"] >= 0.8 for point in points.values())
+    n_unseen = sum(point["seen"] < 0.5 for point in points.values())
+    set_message(figure, f"Of {len(points)} runs that answer half of the OOD questions, a swap "
+                f"redirects .8 or more of the answers in {n_used}; the lens sees less than half of "
+                f"the bridges in {n_unseen}")
+    return figure
+
+
+def draw_points(axes, points):
+    """The points by kind, and what chance gives as bands."""
+    chance = [point["seen_chance"] for point in points.values()]
+    axes.axvspan(min(chance), max(chance), color="0.9", linewidth=0, zorder=0)
+    axes.text(max(chance) + 0.01, 0.5, "seen by chance", rotation=90, va="center")
+    chance = [point["used_chance"] for point in points.values()]
+    axes.axhspan(min(chance), max(chance), color="0.9", linewidth=0, zorder=0)
+    axes.text(0.99, max(chance) + 0.01, "redirected by noise", ha="right", va="bottom")
+    for kind, color in KINDS.items():
+        chosen = [point for point in points.values() if point["kind"] == kind]
+        if chosen:
+            axes.plot([point["seen"] for point in chosen], [point["used"] for point in chosen],
+                      "o", markersize=7.5, alpha=0.75, color=color, markeredgecolor="white",
+                      clip_on=False, zorder=3, label=f"{kind} ({len(chosen)})")
+    axes.legend(loc="center right", title="one point a run")
+
+
+# ---------------------------------------------------------------- the map of supervision
+PANELS = {"answer": "answered as it is", "aim": "aim of hop 1:\nthe nearest code is right",
+          "store": "store of hop 2:\nthe right code is answered", "seen": "seen by the lens"}
+
+
+def supervision(runs):
+    """The four panels over the shares of OOD facts that are supervised as hop 1 and as hop 2."""
+    cells = {}
+    for group, members in runs.groups.items():
+        for run in runs.measured(members if is_of_map(group) else []):
+            cells.setdefault((run.config.hop1, run.config.hop2), []).append(read_cell(run))
+    if not cells:
+        raise Absent("no measured run of map")
+    grid = sorted({0.0, 0.25, 0.5, 0.75, 1.0}.union(*cells))
+    maps = {}
+    for panel in PANELS:
+        maps[panel] = np.full((len(grid), len(grid)), np.nan)           # (hop 1, hop 2)
+        for (hop1, hop2), seeds in cells.items():
+            where = (grid.index(hop1), grid.index(hop2))
+            maps[panel][where] = mean(cell[panel] for cell in seeds)
+    figure = Figure((WIDTH, 2.9), layout="constrained")
+    for axes, (panel, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
+        draw_panel(axes, maps[panel], grid, "Oranges" if panel == "seen" else "Blues")
+        axes.set_title(title, fontsize=9)
+    figure.axes[0].set_ylabel("share supervised as hop 1")
+    figure.supxlabel("share of the OOD facts supervised as hop 2", fontsize=9)
+    set_message(figure, say_map(maps))
+    return figure
+
+
+def read_cell(run):
+    """The four panels' numbers of one run."""
+    end = run.inside["end"]
+    aim = end["aim"]["test_ood"]
+    return {"answer": aim["as_is"], "aim": aim["nearest_right"], "store": aim["own_code"],
+            "seen": end["test_ood"]["seen"]["paper"]["any"]}
+
+
+def draw_panel(axes, values, grid, shades):
+    """A map with its numbers; what was not trained or not measured is hatched."""
+    axes.imshow(values, vmin=0, vmax=1, cmap=shades, origin="lower")
+    for (row, column), value in np.ndenumerate(values):
+        if np.isnan(value):
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="////",
+                                     linewidth=0, edgecolor="0.7"))
+        else:
+            axes.text(column, row, short(value), ha="center", va="center", fontsize=8,
+                      color="white" if value > 0.6 else "black")
+    axes.set_xticks(range(len(grid)), [tick(share) for share in grid])
+    axes.set_yticks(range(len(grid)), [tick(share) for share in grid])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def say_map(maps):
+    """The message of `supervision`: what supervising all of a hop's facts adds, to aim and store,
+    as a mean over the shares of the other hop."""
+    gains = {}
+    for panel in ("aim", "store"):
+        values = maps[panel]
+        for hop, added in ((1, values[-1] - values[0]), (2, values[:, -1] - values[:, 0])):
+            gains[panel, hop] = mean(gain for gain in added if np.isfinite(gain))
+    if np.isnan(list(gains.values())).any():
+        n_cells = int(np.isfinite(maps["answer"]).sum())
+        return f"Answer, aim, store and lens in {n_cells} of {maps['answer'].size} cells"
+    return (f"Supervising all of hop 1 adds {signed(gains['aim', 1])} to its aim and "
+            f"{signed(gains['store', 1])} to the store of hop 2; supervising all of hop 2 adds "
+            f"{signed(gains['aim', 2])} and {signed(gains['store', 2])} (means)")
+
+
+def signed(number):
+    """"+.30", "-.02"."""
+    return ("-" if number < 0 else "+") + short(abs(number))
+
+
+# ---------------------------------------------------------------- plain data
+def plain_data(runs):
+    """What `small` answers along natural training, with few and with many questions a fact."""
+    groups = {}
+    for name in ("long/phi_6", "long/natural"):
+        group = runs.group(name)
+        groups[f"{group[0].config.phi:g} training questions a fact"] = group
+    figure = Figure((WIDTH, 3.7), layout="constrained")
+    panels = figure.subplots(1, len(groups), sharey=True)
+    last = min(group[0].config.steps for group in groups.values())
+    for axes, (title, group) in zip(panels, groups.items()):
+        for split, color in (("train_inferred", GREY), ("test_id", SKY), ("test_ood", BLUE)):
+            for run in group:
+                axes.plot(steps_of(group), shares_of(run, split), color=color, linewidth=1.2)
+        show_shares(axes)
+        axes.set_xlim(0, last)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_title(f"{title}, {name_of('small', group).partition(', ')[2]}")
+        axes.set_xlabel("training step")
+    panels[0].set_ylabel("share of two-step questions answered")
+    names = {"training": GREY, "unseen, of ID facts": SKY, "unseen, of OOD facts": BLUE}
+    figure.legend(handles=[Line2D([], [], color=color, label=name)
+                           for name, color in names.items()], loc="outside lower center", ncols=3)
+    set_message(figure, say_plain_data(groups))
+    return figure
+
+
+def say_plain_data(groups):
+    """When the training is fitted, and when half of the unseen ID questions are answered."""
+    told = []
+    for title, group in groups.items():
+        fit = moment([first_step(run.history, 0.99, "train_inferred") for run in group])
+        half = moment([first_step(run.history, 0.5, "test_id") for run in group])
+        told.append(f"{title} the fit comes {fit}, half of the unseen ID questions {half}")
+    return f"With {'; with '.join(told)}"
+
+
+def moment(steps):
+    """"at step 700 to 900, in 2 of 3 seeds"; None is never."""
+    there = [step for step in steps if step is not None]
+    if not there:
+        return "never"
+    seeds = f", in {len(there)} of {len(steps)} seeds" if len(there) < len(steps) else ""
+    return f"at step {span(there, whole)}{seeds}"
+
+
+# ---------------------------------------------------------------- new facts
+SERVED = {"new_old": ("new fact\nas hop 1", INDIGO), "old_new": ("new fact\nas hop 2", WINE),
+          "new_new": ("both new", SAND)}
+EXPOSED = {"exposed_old": ("exposed fact\nas hop 1", INDIGO),
+           "old_exposed": ("exposed fact\nas hop 2", WINE)}
+
+
+def new_facts(runs):
+    """What new facts serve for, by the share of them that was exposed."""
+    groups = {0.0: runs.group("tune/long_natural_end")}
+    for share in (0.25, 0.5, 1.0):
+        name = f"exposed/natural_end_{share:g}_4"
+        if name in runs.groups:
+            groups[share] = runs.groups[name]
+    if len(groups) == 1:
+        raise Absent("no finished run of exposed/natural_end_*_4")
+    step = groups[max(groups)][0].config.steps
+    figure, axes = new_curves(f"two-step questions answered at step {step:,}",
+                              "share of the new facts that is exposed: trained in 4 two-step "
+                              "questions a hop, too")
+    means = {}
+    ends = {}  # {share at which lines end: {name: (color, height)}}
+    for split, (name, color) in {**SERVED, **EXPOSED}.items():
+        means[split] = draw_exposure(axes, groups, step, split, color)
+        share = max(means[split])
+        ends.setdefault(share, {})[name] = (color, means[split][share])
+    for share, names in ends.items():
+        label_ends(axes, share, names)
+    dot = {"marker": "o", "linestyle": ""}
+    key = {"new fact, not exposed": dot,
+           "new fact, exposed": {**dot, "markerfacecolor": "white"}}
+    for share, group in groups.items():
+        draw_r2_alone(axes, runs.measured(group, "r2_alone"), (share - 0.02, share + 0.02), key)
+    add_key(axes, key, "center right")
+    axes.set_xticks(list(groups), [tick(share) for share in groups])
+    axes.set_xlim(-0.04, max(groups) * 1.3)
+    set_message(figure, say_exposure(means))
+    return figure
+
+
+def draw_exposure(axes, groups, step, split, color):
+    """A dot a seed, and a line through the means, {share exposed: mean}, which are returned."""
+    means = {}
+    for share, group in groups.items():
+        values = [share_at(run, step, split) for run in group]
+        values = [value for value in values if value is not None]
+        if values:
+            means[share] = mean(values)
+            axes.plot([share] * len(values), values, "o", color=color, markersize=5, alpha=0.6,
+                      markerfacecolor="white" if split in EXPOSED else color, clip_on=False)
+    axes.plot(list(means), list(means.values()), "--" if split in EXPOSED else "-", color=color,
+              linewidth=2)
+    return means
+
+
+def draw_r2_alone(axes, runs, ends, key):
+    """Ticks from end to end at what r2 alone gives, see experiments/measure.py."""
+    style = {"linewidth": 3, "solid_capstyle": "butt"}
+    for run in runs:
+        key["what r2 alone gives"] = style
+        for split, share in run.inside["r2_alone"].items():
+            if split in SERVED:
+                axes.plot(ends, [share] * 2, color=SERVED[split][1], zorder=1, **style)
+
+
+def add_key(axes, key, place="upper left"):
+    """What the kinds of lines mean, {text: style}."""
+    axes.legend(handles=[Line2D([], [], color="0.3", label=text, **style)
+                         for text, style in key.items()], loc=place)
+
+
+def say_exposure(means):
+    """The message of `new_facts`, at the largest share that leaves others to test."""
+    share = max(means["new_new"])
+    none = min(means["new_new"])
+    gains = [means[split][share] - means[split][none] for split in ("new_old", "old_new")]
+    better = "serve better in each hop" if min(gains) >= 0.1 else "serve"
+    told = []
+    for split, hop in (("new_old", 1), ("old_new", 2)):
+        told.append(f"{short(means[split][none])} to {short(means[split][share])} as hop {hop}")
+    chained = "hardly chained" if means["new_new"][share] < 0.2 else "chained"
+    return (f"With {short(share)} of the new facts exposed, the others {better} "
+            f"({', '.join(told)}); two of them are {chained} ({short(means['new_new'][share])})")
+
+
+def tuned(runs):
+    """Compositions with new facts while a trained model is fine-tuned."""
+    group = runs.group("tune/long_natural_end")
+    steps = steps_of(group)
+    figure, axes = new_curves("two-step questions answered", "step of fine-tuning (small, natural, "
+                              f"from the end; {len(group)} seeds)")
+    curves = {}
+    for split, (name, color) in SERVED.items():
+        curves[name] = (color, np.array([shares_of(run, split) for run in group]))  # (seeds, steps)
+    draw_curves(axes, steps, curves)
+    axes.set_xscale("log")
+    axes.set_xlim(steps[0], steps[-1])
+    shown = [step for step in (200, 500, 1000, 2000, 5000) if steps[0] <= step <= steps[-1]]
+    axes.set_xticks(shown, [f"{step:,}" for step in shown])
+    axes.minorticks_off()
+    key = {"one seed": {"linewidth": 0.8}}
+    draw_r2_alone(axes, runs.measured(group, "r2_alone"), (0.9 * steps[-1], steps[-1]), key)
+    add_key(axes, key)
+    set_message(figure, say_tuned(steps, curves))
+    return figure
+
+
+def say_tuned(steps, curves):
+    """The message of `tuned`: what new facts serve for early, and at the end."""
+    first, second, both = (seeds for _, seeds in curves.values())                # (seeds, steps)
+    first = first.mean(axis=0)
+    second = second.mean(axis=0)
+    early = min(int(np.searchsorted(steps, 400)), len(steps) - 1)
+    told = []
+    for row in (early, -1):
+        hop = 1 if first[row] > second[row] else 2
+        shares = sorted((first[row], second[row]))
+        told.append(f"at step {steps[row]:,} more as hop {hop} ({short(shares[1])} against "
+                    f"{short(shares[0])})")
+    return (f"New facts serve {told[0]}, {told[1]}; two of them are chained in {short(both.max())} "
+            "at most")
