@@ -169,26 +169,18 @@ def patch(model, tokens, new):
 
 def patch_map(model, tokens, new, predicted):
     """Put the values new {part: (n_loops, N, T, D)} into the runs on tokens (N, T), one site at a
-    time: {"n", "redirected", "changed", "unchanged"}. The last three are maps of the share of
-    answers that become the predicted one (N,), another one, or stay; None without queries."""
-    outcomes = ("redirected", "changed", "unchanged")
+    time: {"n", "redirected": maps of the share of answers that become the predicted ones (N,), or
+    None without queries}."""
     if len(tokens) == 0:
-        return {"n": 0, **dict.fromkeys(outcomes)}
+        return {"n": 0, "redirected": None}
     n_loops, _, T, _ = new["state"].shape
-    maps = {}
-    for outcome in outcomes:
-        maps[outcome] = {part: np.zeros((n_loops, T)) for part in PARTS}
-    unpatched = predict(model, tokens)
+    maps = {part: np.zeros((n_loops, T)) for part in PARTS}
     predicted = torch.as_tensor(predicted)
     for loop, part, position in product(range(n_loops), PARTS, range(T)):
         put = new[part][loop, :, position]                              # (N, D)
         answers = patch(model, tokens, {(loop, part, position): put}).argmax(-1)
-        redirected = answers == predicted
-        changed = ~redirected & (answers != unpatched)
-        maps["redirected"][part][loop, position] = share(redirected)
-        maps["changed"][part][loop, position] = share(changed)
-        maps["unchanged"][part][loop, position] = share(~redirected & ~changed)
-    return {"n": len(tokens), **maps}
+        maps[part][loop, position] = share(answers == predicted)
+    return {"n": len(tokens), "redirected": maps}
 
 
 def share(hits):
@@ -202,7 +194,7 @@ def share_becoming(wanted, model, world, queries, new):
     return share(patch(model, tokens, new).argmax(-1) == torch.as_tensor(wanted))
 
 
-def at(values, sites):
+def take_sites(values, sites):
     """{site: (N, D)}: the values at these sites; of codes, {site: (E, D)}."""
     return {(loop, part, position): values[part][loop, :, position]
             for loop, part, position in sites}
@@ -211,7 +203,7 @@ def at(values, sites):
 def values_at(model, world, queries, sites):
     """What the model holds at these sites while it answers Queries, {site: (N, D)}."""
     tokens, _ = to_tokens(queries, world, model.config.layout)
-    return at(values_of(model, tokens), sites)
+    return take_sites(values_of(model, tokens), sites)
 
 
 def codes(model, tokens, bridges, n_entities):
@@ -335,10 +327,10 @@ def swap_maps(model, world, clean, pool, code, rng):
 
 
 # ---------------------------------------------------------------- the one site of the bridge
-def bridge_site(model, world, pool, used, scored, code):
+def bridge_site(model, world, pool, used, scoring, code):
     """Where is the bridge used? A swap decides: where donors of another r2 redirect most answers.
     `used` is their `patch_map` on queries of the `pool`; the site chosen there is scored on other
-    queries, scored = {split: Queries that are answered rightly}.
+    queries, scoring = {split: Queries that are answered rightly}.
 
     {"where": "one site"; or "several passes", if no site redirects half of the answers and a set
               of sites does; else "spread"; None if nothing was swapped,
@@ -357,7 +349,7 @@ def bridge_site(model, world, pool, used, scored, code):
         site["sites"] = [list(one) for one in sites]
         site["name"] = name_sites(sites, model.loop_names)
         site["redirected"] = float(shares[sites])
-    for split, queries in scored.items():
+    for split, queries in scoring.items():
         site[split] = score_sites(model, world, queries, site["sites"], code)
     return site
 
@@ -381,7 +373,7 @@ def shares_of_candidates(model, world, pool, used):
         loops = range(n_loops - n_passes * n_blocks + block, n_loops, n_blocks)
         for part, position in product(PARTS, range(T)):
             sites = tuple((loop, part, position) for loop in loops if loop >= 0)
-            put = at(theirs, sites)
+            put = take_sites(theirs, sites)
             shares[sites] = share_becoming(predicted, model, world, clean, put)
     return shares
 
@@ -400,13 +392,15 @@ def score_sites(model, world, queries, sites, code, n=500):
                                            state of a donor with the same r2, another bridge}
     """
     rng = np.random.default_rng(0)
-    tried = queries.take(slice(n if sites else 0))
+    n_tried = n if sites else 0
+    n_parted = n if len(sites) > 1 else 0  # one site cannot be parted
+    tried = queries.take(slice(n_tried))
     result = score_other_r2(model, world, tried, queries, sites, code, rng)
     clean, donor, _ = same_bridge(tried, queries, rng)
     put = values_at(model, world, donor, sites)
     result["n_same_bridge"] = len(clean.h)
     result["same_bridge"] = share_becoming(clean.t, model, world, clean, put)
-    parted = tried.take(slice(n if len(sites) > 1 else 0))  # one site cannot be parted
+    parted = tried.take(slice(n_parted))
     clean, first, second, predicted = mixed_donors(world, parted, queries, rng)
     # the first site gets the first donor's value, the others get the second's
     put = values_at(model, world, first, sites[:1])
@@ -440,7 +434,7 @@ def exchange_codes(model, world, clean, donor, sites, code):
     that of the donor's bridge put in."""
     exchanged = {}
     for site, own in values_at(model, world, clean, sites).items():
-        entity_codes = at(code, [site])[site]                           # (E, D)
+        entity_codes = take_sites(code, [site])[site]                           # (E, D)
         exchanged[site] = own + entity_codes[donor.b] - entity_codes[clean.b]
     return exchanged
 
@@ -482,9 +476,10 @@ def aim_and_store(model, world, queries, sites, code, known, n=500):
     `known` (K,) are the entities that have a code, which was fitted on other ID queries; queries
     with another bridge are left out. Over a set of sites the squared distances are added.
     """
-    queries = queries.take(np.isin(queries.b, known)).take(slice(n if sites else 0))
+    n_tried = n if sites else 0
+    queries = queries.take(np.isin(queries.b, known)).take(slice(n_tried))
     tokens, answers = to_tokens(queries, world, model.config.layout)
-    code_at = at(code, sites)                                           # {site: (E, D)}
+    code_at = take_sites(code, sites)                                           # {site: (E, D)}
     distance = torch.zeros(len(tokens), len(known))                     # (N, K)
     for site, value in values_at(model, world, queries, sites).items():
         distance += torch.cdist(value, code_at[site][known]).square()
@@ -520,21 +515,22 @@ def inference_path(model, world, splits, n=500, most=2000):
     pools["test_id"] = pools["test_id"].take(slice(half))
     probe, code, known = fit_on(model, world, fitted)
     right = {split: right_only(model, world, pools[split].take(slice(most))) for split in EXAMINED}
-    # one half of the right ID queries chooses the site, the other scores it
-    scored = {"test_id": right["test_id"].take(slice(1, None, 2)), "test_ood": right["test_ood"]}
-    right["test_id"] = right["test_id"].take(slice(0, None, 2))
+    # one half of the right ID queries draws the maps and chooses the site, the other scores it
+    choosing = {**right, "test_id": right["test_id"].take(slice(0, None, 2))}
+    scoring = {**right, "test_id": right["test_id"].take(slice(1, None, 2))}
     # each query of a map is run once a site: 300 for the 32 sites of `small`, 100 for 224 of `trm`
-    n_sites = len(PARTS) * code["state"][:, 0, :, 0].numel()
+    n_loops, _, T, _ = code["state"].shape
+    n_sites = n_loops * len(PARTS) * T
     n_maps = min(300, max(50, 22400 // n_sites))
     result = {}
     for split in EXAMINED:
         queries = pools[split].take(slice(n))
-        clean = right[split].take(slice(n_maps))
+        clean = choosing[split].take(slice(n_maps))
         result[split] = {"seen": seen(model, world, queries),
                          "present": present(model, world, queries, probe),
-                         "used": swap_maps(model, world, clean, right[split], code, rng)}
+                         "used": swap_maps(model, world, clean, choosing[split], code, rng)}
     used = result["test_id"]["used"]["other_r2"]
-    result["site"] = bridge_site(model, world, right["test_id"], used, scored, code)
+    result["site"] = bridge_site(model, world, choosing["test_id"], used, scoring, code)
     sites = result["site"]["sites"]
     result["aim"] = {split: aim_and_store(model, world, queries, sites, code, known, n)
                      for split, queries in pools.items()}
@@ -568,24 +564,25 @@ def report(measured, split):
     site = measured["site"]
     swaps = site[split]
     aim = measured["aim"][split]
-    read = [probe[part]["best"] for part in PARTS if probe[part]["best"] is not None]
-    begin = "Swapping the value at its site"
+    probe_rates = [probe[part]["best"] for part in PARTS if probe[part]["best"] is not None]
+    swapping = "Swapping the value at its site"
     if site["where"] == "spread":
-        begin = "No one place holds the bridge; swapping the value at the best one"
-    swapped = "No swap was measured (0 queries)."
+        swapping = "No one place holds the bridge; swapping the value at the best one"
+    swap_sentence = "No swap was measured (0 queries)."
     if swaps["n"]:
-        swapped = (f"{begin} ({site['name']}) for a donor's redirects {short(swaps['donor'])} "
-                   f"(n = {swaps['n']}); swapping all else there keeps "
-                   f"{short(swaps['others_swapped'])}.")
-    aimed = "Aim and store were not measured (0 queries)."
+        swap_sentence = (f"{swapping} ({site['name']}) for a donor's redirects "
+                         f"{short(swaps['donor'])} (n = {swaps['n']}); swapping all else there "
+                         f"keeps {short(swaps['others_swapped'])}.")
+    aim_sentence = "Aim and store were not measured (0 queries)."
     if aim["n"]:
-        aimed = (f"There, hop 1 aims right in {short(aim['nearest_right'])}: the nearest code is "
-                 f"the bridge's. Hop 2 answers {short(aim['own_code'])} from the right code, "
-                 f"{short(aim['snapped'])} from the nearest, {short(aim['as_is'])} from the value "
-                 f"as it is (n = {aim['n']}).")
+        aim_sentence = (f"There, hop 1 aims right in {short(aim['nearest_right'])}: the nearest "
+                        f"code is the bridge's. Hop 2 answers {short(aim['own_code'])} from the "
+                        f"right code, {short(aim['snapped'])} from the nearest, "
+                        f"{short(aim['as_is'])} from the value as it is (n = {aim['n']}).")
     return [f"The lens sees the bridge in {short(lens['paper']['any'])} of the {EXAMINED[split]} "
             f"queries (chance {short(lens['paper']['any_chance'])}, n = {lens['n']}).",
-            f"A probe reads it in {short(max(read, default=None))}.", swapped, aimed]
+            f"A probe reads it in {short(max(probe_rates, default=None))}.",
+            swap_sentence, aim_sentence]
 
 
 def short(share):
@@ -609,8 +606,8 @@ def plot_maps(paths, part, loop_names):
     height = max(1.7, 0.16 * len(loop_names))
     figure = Figure((13.2, height * len(rows) + 0.8), layout="constrained")
     grid = figure.subplots(len(rows), len(COLUMNS), squeeze=False)
-    for (stage, split), line in zip(rows, grid):
-        for (kind, title), axes in zip(COLUMNS.items(), line):
+    for (stage, split), row_of_axes in zip(rows, grid):
+        for (kind, title), axes in zip(COLUMNS.items(), row_of_axes):
             n, values = map_of(paths[stage][split], part, kind)
             if n == 0:
                 axes.set_title(f"{title}\nnot measured (0 queries)", fontsize=8)
@@ -622,7 +619,7 @@ def plot_maps(paths, part, loop_names):
                 if site_part == part:
                     corner = (position - 0.5, loop - 0.5)
                     axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="C1", lw=2))
-        line[0].set_ylabel(f"{EXAMINED[split]}, at the {stage}", fontsize=9)
+        row_of_axes[0].set_ylabel(f"{EXAMINED[split]}, at the {stage}", fontsize=9)
     figure.suptitle(message(paths, part), fontsize=10)
     return figure
 

@@ -28,7 +28,7 @@ import numpy as np
 
 SPLITS = ("id_atomic", "ood_atomic", "train_inferred", "test_id", "test_ood",
           "test_id_ood", "test_ood_id")  # test_id_ood: hop 1 is an ID fact, hop 2 an OOD fact
-LISTED = ("train_inferred", "test_id", "test_ood")  # the other splits follow from these
+GIVEN_SPLITS = ("train_inferred", "test_id", "test_ood")  # the others follow from these
 TRAINED = ("id_atomic", "ood_atomic", "kept_atomic", "new_atomic", "train_inferred")
 
 # Appendix C: of the OOD facts that are hop 1 of an OOD test composition, a share (hop1) is also
@@ -87,12 +87,10 @@ class Queries(namedtuple("Queries", "h r1 r2 b t")):
 
 
 def make_world(config):
-    """A random World; BadInput if out_degree exceeds n_relations, or if it would be too large."""
+    """A random World; BadInput if it would be too large."""
     E = config.n_entities
     R = config.n_relations
     K = config.out_degree
-    if K > R:
-        raise BadInput(f"out_degree = {K}: must lie in [1, n_relations = {R}]")
     if E * max(R, K * K) > MOST:
         raise BadInput(f"n_entities = {E}: makes over {MOST} compositions or table cells")
     rng = np.random.default_rng([config.data_seed, 0])
@@ -260,8 +258,8 @@ def up_to_k(rows, hop, k, rng):
 
 
 def all_splits(world, train, test_id, test_ood):
-    """The seven SPLITS, as {name: Queries}. The three that are given, those LISTED, are fact
-    numbers (first, second); a mixed split is all compositions of its kind that are not trained."""
+    """The seven SPLITS, as {name: Queries}. The three GIVEN_SPLITS are fact numbers (first,
+    second); a mixed split is all compositions of its kind that are not trained."""
     first, second = compositions(world)
     ood1 = world.is_ood[first]                                                  # (N,) bool
     ood2 = world.is_ood[second]                                                 # (N,) bool
@@ -382,25 +380,12 @@ def read_bytes(path):
         return Path(path).read_bytes()
 
 
-def load_source(path, config, content=None):
-    """(world, splits, regime) of an .npz file (see `parse_data`), or (world, None, None) of a text
-    of facts (see `parse_facts`): what the bytes are decides, not the name. `content`: those bytes,
-    if they have been read already. BadInput if it cannot be read or used."""
-    if content is None:
-        content = read_bytes(path)
+def parse_source(content, path, config):
+    """(world, splits) from the bytes of an .npz file (see `parse_data`), or (world, None) from
+    those of a text of facts (see `parse_facts`); the path is for messages alone."""
     if content.startswith(ZIP):
         return parse_data(content, path)
-    return parse_facts(content, path, config), None, None
-
-
-def read_facts(path, config):
-    """The World of a text of facts; see `parse_facts`."""
-    return parse_facts(read_bytes(path), path, config)
-
-
-def read_data(path):
-    """(world, splits, regime) of an .npz file; see `parse_data`."""
-    return parse_data(read_bytes(path), path)
+    return parse_facts(content, path, config), None
 
 
 def parse_facts(content, path, config):
@@ -452,7 +437,7 @@ def split_line(line, place, may_be_header):
 
 
 def parse_data(content, path):
-    """(world, splits, regime) of an .npz file of these arrays; BadInput if it breaks a rule:
+    """(world, splits) of an .npz file of these arrays; BadInput if it breaks a rule:
 
     facts    (F, 3) int, rows (h, r, t), sorted by head, each (h, r) once
     is_ood   (F,) bool
@@ -462,29 +447,29 @@ def parse_data(content, path):
     if not content.startswith(ZIP):
         raise BadInput(f"{path}: is no data file (it does not begin as an .npz file does)")
     with reading(path, "is no data file"), np.load(io.BytesIO(content), allow_pickle=False) as file:
-        entity_names, relation_names, regime = read_names(file)
+        entity_names, relation_names = read_names(file)
         E = len(entity_names)
         facts = read_table(file, "facts", (E, len(relation_names), E))
         F = len(facts)
-        listed = [read_table(file, name, (F, F)).T for name in LISTED]          # (2, N) each
+        given = [read_table(file, name, (F, F)).T for name in GIVEN_SPLITS]     # (2, N) each
         is_ood = np.asarray(file["is_ood"])
         if is_ood.dtype != bool or is_ood.shape != (F,):
             raise ValueError("is_ood must be bool, one a fact")
         if (np.diff(facts[:, 0]) < 0).any() or len(np.unique(facts[:, :2], axis=0)) < F:
             raise ValueError("facts must be sorted by head, and each (h, r) have one tail")
-        for first, second in listed:
+        for first, second in given:
             if (facts[first, 2] != facts[second, 0]).any():
                 raise ValueError("hop 2 must begin where hop 1 ends")
     world = build_world(path, facts, is_ood, entity_names, relation_names)
-    return world, all_splits(world, *listed), regime
+    return world, all_splits(world, *given)
 
 
 def read_names(file):
-    """[entity names, relation names, regime] of an open .npz file; ValueError if they are not."""
+    """(entity names, relation names) of an open .npz file; ValueError if they are not."""
     names = json.loads(str(file["names"]))
     if not isinstance(names, list) or [type(part) for part in names] != [list, list, str]:
         raise ValueError("names must be two lists and a text")
-    return names
+    return names[:2]
 
 
 def read_table(file, name, limits):

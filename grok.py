@@ -33,8 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from data import (BadInput, REGIMES, TRAINED, add_facts, describe_world, load_source, make_splits,
-                  make_world, read_bytes, reading, regime_name)
+from data import (BadInput, REGIMES, TRAINED, add_facts, describe_world, make_splits, make_world,
+                  parse_source, read_bytes, reading, regime_name)
 
 PARTS = ("mixed", "state")  # the two places inside a loop where a value can be read or replaced
 LENGTH = {"causal": 3, "bidirectional": 4}  # positions: h r1 r2; and a blank for the answer
@@ -44,17 +44,6 @@ LENGTH = {"causal": 3, "bidirectional": 4}  # positions: h r1 r2; and a blank fo
 def unchanged(loop, part, value):
     """The edit that changes nothing."""
     return value
-
-
-def rms_norm(x):
-    """x scaled to root mean square 1 along its last axis; no gain is learned."""
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def gated(gate_up, down, x):
-    """A gated MLP (SwiGLU) along the last axis: half of the hidden units gate the other half."""
-    gate, up = gate_up(x).chunk(2, dim=-1)
-    return down(F.silu(gate) * up)
 
 
 class TwoHopModel(nn.Module):
@@ -140,6 +129,17 @@ class Block(nn.Module):
     def mlp(self, x):
         """x (..., D) -> what each position makes of what it holds and has mixed, (..., D)."""
         return rms_norm(gated(self.gate_up, self.down, rms_norm(x)))
+
+
+def rms_norm(x):
+    """x scaled to root mean square 1 along its last axis; no gain is learned."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def gated(gate_up, down, x):
+    """A gated MLP (SwiGLU) along the last axis: half of the hidden units gate the other half."""
+    gate, up = gate_up(x).chunk(2, dim=-1)
+    return down(F.silu(gate) * up)
 
 
 class Attention(nn.Module):
@@ -402,14 +402,14 @@ def training_rows(splits, world, layout, device):
 
 def draw_batch(config, n_facts, n_rows, generator):
     """Row numbers (B,) of one batch, with replacement; atomic_share 0: uniform sampling (paper)."""
-    def pick(low, high, n):
-        return torch.randint(low, high, (n,), generator=generator, device=generator.device)
-
+    where = {"generator": generator, "device": generator.device}
+    B = config.batch_size
     if config.atomic_share == 0:
-        return pick(0, n_rows, config.batch_size)
-    n_atomic = round(config.atomic_share * config.batch_size)
-    return torch.cat([pick(0, n_facts, n_atomic),
-                      pick(n_facts, n_rows, config.batch_size - n_atomic)])
+        return torch.randint(0, n_rows, (B,), **where)
+    n_atomic = round(config.atomic_share * B)
+    facts = torch.randint(0, n_facts, (n_atomic,), **where)
+    compositions = torch.randint(n_facts, n_rows, (B - n_atomic,), **where)
+    return torch.cat([facts, compositions])
 
 
 def loss_of(model, tokens, answers):
@@ -417,14 +417,16 @@ def loss_of(model, tokens, answers):
     Graded is the answer. With `copy` it is every position: each has to show its own token and, at
     the answer position, the answer (the paper's loss, over the whole copied sequence)."""
     copies = model.config.copy
-    position = model.answer_position(tokens)[:, None]                           # (B, 1)
-    targets = tokens.scatter(1, position, answers[:, None]) if copies else answers[:, None]
+    targets = answers[:, None]                                                  # (B, 1)
+    if copies:
+        position = model.answer_position(tokens)[:, None]                       # (B, 1)
+        targets = tokens.scatter(1, position, targets)                          # (B, T)
     graded = []
 
     def keep(loop, part, value):
         if part == "state" and loop >= model.first_graded:
-            at = value[:, :tokens.shape[1]] if copies else model.read(value, tokens)[:, None]
-            graded.append(at)
+            read = value[:, :tokens.shape[1]] if copies else model.read(value, tokens)[:, None]
+            graded.append(read)                                                 # (B, T or 1, D)
         return value
 
     model(tokens, edit=keep)
@@ -477,9 +479,14 @@ class Trainer:
         self.optimizer.step()
         decay = min(config.ema, (self.step + 1) / (self.step + 11))
         with torch.no_grad():
-            torch._foreach_lerp_(self.averaged, self.weights, 1 - decay)
+            for averaged, weight in zip(self.averaged, self.weights):
+                averaged.lerp_(weight, 1 - decay)
         self.losses.append(loss.detach())
         self.step += 1
+
+    def is_at_evaluation(self):
+        """Whether this step is one to measure after."""
+        return self.step % self.config.eval_every == 0 or self.step == self.config.steps
 
     def measure(self):
         """Append a line of metrics.jsonl to the history and return it:
@@ -488,8 +495,8 @@ class Trainer:
          "lens": {split: {"any", "any_chance", "best", "best_chance", "answer_any"}}}
         Raises BadInput if a loss since the last line, or a weight now, is not finite."""
         losses = torch.stack(self.losses)
-        first_step = self.step - len(losses) + 1
-        spoilt = [first_step + int(row) for row in (~torch.isfinite(losses)).nonzero()]
+        step_of_first = self.step - len(losses) + 1
+        spoilt = [step_of_first + int(row) for row in (~torch.isfinite(losses)).nonzero()]
         if not all(weight.isfinite().all() for weight in self.averaged):
             spoilt.append(self.step)  # a last step that spoiled the weights: no loss shows it yet
         if spoilt:
@@ -531,7 +538,7 @@ def train(trainer, folder):
     with interrupts_counted() as interrupts:
         while trainer.step < config.steps:
             trainer.train_step()
-            if trainer.step % config.eval_every == 0 or trainer.step == config.steps:
+            if trainer.is_at_evaluation():
                 trainer.measure()
                 save_evaluation(trainer, folder)
                 show_progress(trainer)
@@ -668,9 +675,8 @@ def check_model(config):
     """Refuse settings of the model that do not go together, or would be ignored."""
     not_used_by = {"looped": ("n_low", "n_cycles", "slots"),
                    "recursive": ("n_loops", "min_loops", "logit_scale")}
-    defaults = {item.name: item.default for item in fields(Config)}
     for name in not_used_by[config.model]:
-        if getattr(config, name) != defaults[name]:
+        if getattr(config, name) != DEFAULTS[name]:
             raise BadInput(f"{name} = {getattr(config, name)}: model = {config.model} has none")
     is_paper_like = (config.layout == "bidirectional" and config.mixing == "tokens"
                      and config.copy and not config.tied)
@@ -693,14 +699,25 @@ def check_training(config):
     if config.atomic_share > 0 and not 0 < n_atomic < config.batch_size:
         raise BadInput(f"atomic_share = {config.atomic_share:g}: a batch of {config.batch_size} "
                        f"would have {n_atomic} facts; must leave room for both kinds, or be 0")
-    defaults = {item.name: item.default for item in fields(Config)}
-    for name in ("kept", "exposed", "exposed_k"):
+    if config.out_degree > config.n_relations:
+        raise BadInput(f"out_degree = {config.out_degree}: must lie in "
+                       f"[1, n_relations = {config.n_relations}]")
+    if config.preset not in PRESETS:
+        raise BadInput(f"preset = {config.preset}: must be one of {', '.join(PRESETS)}")
+    is_supervised = config.hop1 > 0 or config.hop2 > 0
+    is_exposed = config.exposed > 0
+    is_tuning = config.new_facts > 0
+    for name, is_used, need in (("k", is_supervised, "hop1 or hop2 above 0"),
+                                ("exposed_k", is_exposed, "exposed above 0"),
+                                ("kept", is_tuning, "new_facts above 0"),
+                                ("exposed", is_tuning, "new_facts above 0"),
+                                ("weights", is_tuning, "new_facts above 0")):
         value = getattr(config, name)
-        if value != defaults[name] and not config.new_facts:
-            raise BadInput(f"{name} = {value:g}: needs new_facts above 0")
-    if config.k != defaults["k"] and not config.hop1 and not config.hop2:
-        raise BadInput(f"k = {config.k}: needs hop1 or hop2 above 0")
+        if value != DEFAULTS[name] and not is_used:
+            raise BadInput(f"{name} = {value}: needs {need}")
 
+
+DEFAULTS = {item.name: item.default for item in fields(Config)}
 
 PRESETS = {  # name: (what it is for, how long it takes, settings)
     "tiny": ("the quick look", "1 to 2 minutes on two CPU cores", {}),
@@ -794,18 +811,23 @@ def read_history(folder):
     return history
 
 
+def last_step(history):
+    """The step of the last evaluation; 0 before the first."""
+    return history[-1]["step"] if history else 0
+
+
 def is_finished(folder):
     """Whether the run in this folder has been trained to its end."""
-    history = read_history(folder)
-    return bool(history) and history[-1]["step"] == read_config(folder).steps
+    done = last_step(read_history(folder))
+    return done > 0 and done == read_config(folder).steps
 
 
 def read_run(folder):
     """(Config, history) of a run folder that is finished."""
     config = read_config(folder)
     history = read_history(folder)
-    if not history or history[-1]["step"] != config.steps:
-        done = history[-1]["step"] if history else 0
+    done = last_step(history)
+    if done != config.steps:
         raise BadInput(f"{folder}: is not finished (step {done} of {config.steps})")
     return config, history
 
@@ -831,11 +853,10 @@ def load_run(folder, weights="end"):
 
 def make_data(config, files):
     """(world, splits) of a run, from its settings or from its own facts, in {name: bytes}."""
-    splits = None
     if config.facts:
-        world, splits, _ = load_source(config.facts, config, files[config.facts])
+        world, splits = parse_source(files[config.facts], config.facts, config)
     else:
-        world = make_world(config)
+        world, splits = make_world(config), None
     if splits is None:
         splits = make_splits(world, config)
     if config.new_facts:
@@ -885,15 +906,20 @@ def choose_device(device):
     return device or here[0]
 
 
+def titles_of_settings():
+    """The group that each setting of Config is in, one of GROUPS, in the order of its fields."""
+    titles = []
+    title = "the world"
+    for item in fields(Config):
+        title = GROUPS.get(item.name, title)
+        titles.append(title)
+    return titles
+
+
 def settings_of(*groups):
     """The names of the settings in these GROUPS."""
-    names = []
-    group = None
-    for item in fields(Config):
-        group = GROUPS.get(item.name, group)
-        if group in groups:
-            names.append(item.name)
-    return names
+    return [item.name for item, title in zip(fields(Config), titles_of_settings())
+            if title in groups]
 
 
 def take_start(start, given):
@@ -925,7 +951,7 @@ def take_facts(path, values, given):
     """(settings, {file name: bytes}) with the user's own facts, which bring their graph's sizes;
     a data set with its splits (.npz) also brings all that makes splits."""
     content = read_bytes(path)
-    world, splits, _ = load_source(path, Config(**values), content)
+    world, splits = parse_source(content, path, Config(**values))
     brought = ["n_entities", "n_relations", "out_degree"]
     if splits is not None:
         brought = [*settings_of("the world"), "regime"]
@@ -948,29 +974,28 @@ def steps_done(folder, config, files):
                 raise BadInput(f"out = {folder}: holds {name} of a run without config.json; choose "
                                "another --out")
         return 0
-    there = read_config(folder)
+    earlier = read_config(folder)
     for name, value in asdict(config).items():
-        if name != "steps" and value != getattr(there, name):
+        if name != "steps" and value != getattr(earlier, name):
             raise BadInput(f"{name} = {value}: {folder} holds a run with {name} = "
-                           f"{getattr(there, name)}; choose another --out")
-    history = read_history(folder)
-    done = history[-1]["step"] if history else 0
-    can_go_on = (folder / "last.pt").exists()
+                           f"{getattr(earlier, name)}; choose another --out")
+    done = last_step(read_history(folder))
+    has_last = (folder / "last.pt").exists()
     for name, content in files.items():
         if (folder / name).exists() and (folder / name).read_bytes() != content:
             raise BadInput(f"out = {folder}: holds a run with another {name}; choose another --out")
-        if not (folder / name).exists() and (0 < done < config.steps or can_go_on):
+        if not (folder / name).exists() and (0 < done < config.steps or has_last):
             raise BadInput(f"out = {folder}: holds a run without its {name}; choose another --out")
-    check_more_steps(folder, config, there, done, can_go_on)
+    check_more_steps(folder, config, earlier, done, has_last)
     return done
 
 
-def check_more_steps(folder, config, there, done, can_go_on):
+def check_more_steps(folder, config, earlier, done, has_last):
     """Refuse to go on where that would not be the same run."""
-    if config.steps < there.steps or config.steps > there.steps and config.decay:
-        raise BadInput(f"steps = {config.steps}: {folder} holds a run of {there.steps}, which "
+    if config.steps < earlier.steps or config.steps > earlier.steps and config.decay:
+        raise BadInput(f"steps = {config.steps}: {folder} holds a run of {earlier.steps}, which "
                        "cannot be shortened, nor, with decay, be lengthened; choose another --out")
-    if 0 < done < config.steps and not can_go_on:
+    if 0 < done < config.steps and not has_last:
         raise BadInput(f"out = {folder}: holds a run of {done} steps without the last.pt to go on "
                        "from; choose another --out")
 
@@ -1030,7 +1055,7 @@ def run_command(name, body):
         said = str(stop) or "stopped"
         status = 130
     except (BadInput, OSError) as error:
-        said = str(error)
+        said = str(error) or type(error).__name__
         status = 2
     except (MemoryError, RuntimeError) as error:
         said = lacking(error)
@@ -1053,7 +1078,10 @@ def lacking(error):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse whose errors are one line, and whose flags have one spelling."""
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message):
         raise BadInput(message)
 
@@ -1062,13 +1090,13 @@ def parse(argv=None):
     """{flag: value, None where not given}."""
     presets = "\n".join(f"  {name:6} {purpose} ({duration})"
                         for name, (purpose, duration, _) in PRESETS.items())
-    parser = Parser(prog="grok.py", allow_abbrev=False,
+    parser = Parser(prog="grok.py", usage="grok.py [--SETTING VALUE ...]",
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     description="Train a tiny transformer until it groks. If it is interrupted, "
                     "the same command goes on.\n\npresets, for --preset:\n" + presets)
-    for item in fields(Config):
-        if item.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[item.name])
+    groups = {title: parser.add_argument_group(title) for title in GROUPS.values()}
+    for item, title in zip(fields(Config), titles_of_settings()):
+        group = groups[title]
         words = [word for word in item.metadata.get("words", ()) if word]
         shown = f" [{', '.join(words)}]" if words and item.name != "facts" else ""
         default = "" if item.default == "" else f" ({item.default})"
@@ -1148,9 +1176,10 @@ def tell(config, history):
     told = [f"It had fitted the training questions at step {fit:,} ({seconds[fit]:.0f} s)."]
     grokked = first_step(history, 0.9, "test_ood")
     if grokked is not None:
+        conclusion = ": it grokked." if end["test_ood"] >= 0.9 else "."
         told.append(f"Nine in ten of the OOD questions, which it never saw, were right at step "
                     f"{grokked:,} ({seconds[grokked]:.0f} s), {grokked / fit:.1f} times as late"
-                    + (": it grokked." if end["test_ood"] >= 0.9 else "."))
+                    f"{conclusion}")
     told.append(f"At the end it answers {end['test_ood']:.3f} of the OOD questions and "
                 f"{end['test_id']:.3f} of unseen ID questions.")
     if "ood_atomic" in end:

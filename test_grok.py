@@ -35,8 +35,8 @@ from hypothesis import example, given, settings, strategies as st
 import analyze
 import data
 import grok
-from data import (BadInput, LISTED, REGIMES, SPLITS, TRAINED, add_facts, compositions,
-                  describe_world, make_splits, make_world, read_data, read_facts, regime_name)
+from data import (BadInput, GIVEN_SPLITS, REGIMES, SPLITS, TRAINED, add_facts, compositions,
+                  describe_world, make_splits, make_world, parse_data, parse_facts, regime_name)
 from grok import (Config, PARTS, PRESETS, Trainer, build_model, draw_batch, evaluate, first_step,
                   is_finished, lens_rates, load_run, loss_of, make_eval_sets, read_config, read_run,
                   run_values, step_size, to_tokens, training_rows)
@@ -186,7 +186,6 @@ def test_the_regimes_are_those_of_appendix_c():
 
 
 @pytest.mark.parametrize("changes, said", [
-    (dict(out_degree=10), "out_degree = 10: must lie in [1, n_relations = 9]"),
     (dict(n_entities=10**6, n_relations=10**5), "n_entities = 1000000: makes over 50000000 compos"),
     (dict(ood_fraction=0), "ood_fraction = 0: too few"),
     (dict(phi=1e4), "phi = 10000: must lie in [0.0147058824, 4.86764706]"),
@@ -299,6 +298,8 @@ def check_exposed(paths, train, new, config, splits):
 @settings(max_examples=25, deadline=None)
 def test_new_facts_obey_every_rule(regime, **changes):
     hop1, hop2, k = regime
+    if changes["exposed"] == 0:
+        del changes["exposed_k"]
     config = replace(TINY, hop1=hop1, hop2=hop2, k=k, **changes)
     world, splits = small_data(config)
     check_new_facts(world, splits, config, *add_facts(world, splits, config))
@@ -311,7 +312,7 @@ def test_own_facts_keep_their_names_and_order(tmp_path):
     text = ("\ufeffAnna\tmother of\tJörg\r\nJörg\tknows\t李雷\n李雷 \tknows\tAnna\n"
             "Anna\tknows\tAnna\nJörg\tknows\t李雷\n李雷\tmother of\tOtto\n\n")
     path.write_bytes(text.encode())
-    world = read_facts(path, Config(ood_fraction=0.5))
+    world = parse_facts(path.read_bytes(), path, Config(ood_fraction=0.5))
     assert world.entity_names == ("Anna", "Jörg", "李雷", "Otto")
     assert world.relation_names == ("mother of", "knows")
     facts, ood = facts_of(world)
@@ -331,11 +332,9 @@ def test_own_facts_keep_their_names_and_order(tmp_path):
     (b"a\tr\tb\nc\tr\td\n", "has no two-hop path"),
     (b"a\tr\ta\n\xef\xbb\xbfb\tr\tc\nb \tr\tc\na\tr\tb\n", "line 4: another tail of .a, r."),
     ("".join(f"a{i}\tr{i}\ta0\n" for i in range(8000)).encode(), "makes over 50000")])
-def test_own_facts_that_cannot_be_used_are_refused(content, said, tmp_path):
-    path = tmp_path / "facts.tsv"
-    path.write_bytes(content)
+def test_own_facts_that_cannot_be_used_are_refused(content, said):
     with pytest.raises(BadInput, match="facts.tsv.*" + said):
-        read_facts(path, TINY)
+        parse_facts(content, "facts.tsv", TINY)
 
 
 def write_by_hand(path, **changes):
@@ -347,7 +346,7 @@ def write_by_hand(path, **changes):
     names = ("A\rna \0", "Jörg", *world.entity_names[2:])
     arrays = {"facts": world.facts, "is_ood": world.is_ood,
               "names": np.array(json.dumps([names, world.relation_names, "mine"]))}
-    for name in LISTED:
+    for name in GIVEN_SPLITS:
         hops = []
         for (h, r1, r2), (b, _) in rows(splits[name]).items():
             hops.append((number_of[h, r1], number_of[b, r2]))
@@ -379,7 +378,7 @@ def test_what_is_no_data_file_is_refused(name, array, tmp_path):
     path = tmp_path / "data.npz"
     write_by_hand(path, **{name: array})
     with pytest.raises(BadInput, match="data.npz: is no data file"):
-        read_data(path)
+        parse_data(path.read_bytes(), path)
 
 
 # ---------------------------------------------------------------- grok: the models
@@ -1419,7 +1418,9 @@ RECURSIVE = dict(PAPER, model="recursive")
     (dict(atomic_share=1.0), "atomic_share = 1: a batch of 256 would have 256 facts"),
     (dict(kept=0.5), "kept = 0.5: needs new_facts above 0"),
     (dict(exposed=0.5), "exposed = 0.5: needs new_facts above 0"),
-    (dict(exposed_k=5), "exposed_k = 5: needs new_facts above 0"),
+    (dict(exposed_k=5), "exposed_k = 5: needs exposed above 0"),
+    (dict(n_relations=9, out_degree=10), "out_degree = 10: must lie in [1, n_relations = 9]"),
+    (dict(preset="huge"), "preset = huge: must be one of tiny, small, trm"),
     (dict(k=9), "k = 9: needs hop1 or hop2 above 0"),
     (dict(phi=-1.0), "phi = -1.0: must lie in [0, 100000]"),
     (dict(seed=-1), "seed = -1: must lie in [0, 9223372036854775807]")])
@@ -1430,6 +1431,11 @@ def test_settings_are_refused_in_python_as_on_the_command_line(values, said, her
     for name, value in values.items():
         options.append(f"--{name.replace('_', '-')}={value}")
     refuses(options, "grok.py: " + said, capsys)
+
+
+def test_weights_to_start_from_are_refused_without_new_facts():
+    with pytest.raises(BadInput, match="weights = fit: needs new_facts above 0"):
+        Config(weights="fit")
 
 
 @pytest.mark.parametrize("options, said", [
@@ -1667,27 +1673,30 @@ def test_swaps_find_the_known_circuit(table, table_codes):
     theirs = analyze.values_of(model, to_tokens(donor, world, model.config.layout)[0])
     maps = analyze.swap_maps(model, world, queries.take(slice(400)), queries, code, rng)
     maps["swap"] = analyze.patch_map(model, tokens, theirs, predicted)
-    for kind, redirected, changed in (("swap", [*BRIDGE, *ANSWER], []),
-                                      ("other_r2", BRIDGE, ANSWER), ("same_bridge", ANSWER, [])):
+    for kind, sites in (("swap", [*BRIDGE, *ANSWER]), ("other_r2", BRIDGE),
+                        ("same_bridge", ANSWER)):
         assert maps[kind]["n"] > 300
-        assert_map(maps[kind]["redirected"], redirected)
-        assert_map(maps[kind]["changed"], changed)
-        assert_map(maps[kind]["unchanged"], [*redirected, *changed], but=1)
+        assert_map(maps[kind]["redirected"], sites)
+    stays = analyze.patch_map(model, tokens, theirs, clean.t)
+    assert_map(stays["redirected"], [*BRIDGE, *ANSWER], but=1)  # all else keeps its answer
+    clean, donor, predicted = analyze.other_r2(world, queries, queries, rng)
+    own = analyze.donor_map(model, world, clean, donor, donor.t)
+    assert_map(own["redirected"], ANSWER)  # there the donor's own answer is carried
     for loop, part, position in BRIDGE:
         assert maps["code"]["redirected"][part][loop, position] == 1
     random = {part: analyze.noise(value) for part, value in theirs.items()}
-    broken = analyze.patch_map(model, tokens, random, predicted)
-    for outcome in ("redirected", "unchanged"):
-        assert broken[outcome]["state"][0, 1] < 0.15
+    for answers in (predicted, clean.t):
+        broken = analyze.patch_map(model, tokens, random, answers)
+        assert broken["redirected"]["state"][0, 1] < 0.15
 
 
 def find_site(model, world, queries, code):
     """What `bridge_site` says of these queries, half of which choose the site."""
     chosen_by = queries.take(slice(0, None, 2))
-    scored = {"test_id": queries.take(slice(1, None, 2))}
+    scoring = {"test_id": queries.take(slice(1, None, 2))}
     rng = np.random.default_rng(0)
     maps = analyze.swap_maps(model, world, chosen_by.take(slice(300)), chosen_by, code, rng)
-    return analyze.bridge_site(model, world, chosen_by, maps["other_r2"], scored, code)
+    return analyze.bridge_site(model, world, chosen_by, maps["other_r2"], scoring, code)
 
 
 def test_the_one_site_of_the_bridge_is_that_of_the_known_circuit(table, table_codes):
@@ -1823,7 +1832,7 @@ def test_what_was_not_measured_is_not_zero(table):
     assert paths["site"]["name"] == "mixed, loop 1, r1"
     assert paths["test_id"]["used"]["other_r2"]["n"] > 50
     for swaps in paths["test_ood"]["used"].values():
-        assert swaps == {"n": 0, "redirected": None, "changed": None, "unchanged": None}
+        assert swaps == {"n": 0, "redirected": None}
     assert paths["site"]["test_ood"]["donor"] is None
     assert paths["aim"]["test_ood"]["own_code"] < 0.2  # its "answers" are no tails of its bridges
     assert "not measured" not in " ".join(analyze.report(paths, "test_id"))
@@ -1883,10 +1892,9 @@ def test_many_queries_equal_one_at_a_time(real, monkeypatch):
     for row in range(6):
         one = {part: value[:, row:row + 1] for part, value in theirs.items()}
         apart.append(analyze.patch_map(model, tokens[row:row + 1], one, predicted[row:row + 1]))
-    for outcome in ("redirected", "changed", "unchanged"):
-        for part in PARTS:
-            mean = np.mean([maps[outcome][part] for maps in apart], axis=0)
-            assert np.allclose(together[outcome][part], mean)
+    for part in PARTS:
+        mean = np.mean([maps["redirected"][part] for maps in apart], axis=0)
+        assert np.allclose(together["redirected"][part], mean)
     monkeypatch.setattr(analyze, "BATCH", 4)
     assert torch.equal(analyze.predict(model, tokens), answers)
     for part, value in analyze.values_of(model, tokens.flip(0)).items():
@@ -1934,7 +1942,7 @@ def test_no_query_gives_no_number(real):
     assert result["n"] == 0 and result["state"]["bridge"]["map"] is None
     values = analyze.values_of(model, tokens[:0])
     assert analyze.patch_map(model, tokens[:0], values, nothing.t) == {
-        "n": 0, "redirected": None, "changed": None, "unchanged": None}
+        "n": 0, "redirected": None}
 
 
 # ---------------------------------------------------------------- analyze: the command line

@@ -52,7 +52,7 @@ def copy_mixing(model, donor):
 def main(argv=None):
     """Train and measure; exit status 0, or 2 for what cannot be used."""
     def body():
-        parser = Parser(prog="experiments.graft", allow_abbrev=False,
+        parser = Parser(prog="experiments.graft",
                         description="Which of the first weights decide the form of the bridge?")
         parser.add_argument("run", type=Path, metavar="RUN", help="a finished run of small")
         parser.add_argument("seeds", nargs="+", type=int, metavar="SEED",

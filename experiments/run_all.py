@@ -278,7 +278,7 @@ def processors():
 
 
 def parse(argv=None):
-    parser = grok.Parser(prog="python -m experiments.run_all", allow_abbrev=False,
+    parser = grok.Parser(prog="python -m experiments.run_all",
                          formatter_class=argparse.RawTextHelpFormatter, epilog=HELP,
                          description="Train every run of a plan, as many at once as there are "
                          "processors. If it is interrupted,\nthe same command goes on.")

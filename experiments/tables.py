@@ -286,7 +286,7 @@ def name_the_rest(book):
 
 
 def parse(argv=None):
-    parser = Parser(prog="python -m experiments.tables", allow_abbrev=False,
+    parser = Parser(prog="python -m experiments.tables",
                     description="The results page and its tables, from the files of the runs.")
     parser.add_argument("--root", type=Path, default=HERE.parent / "runs" / "shipped",
                         help="the folder of the runs (runs/shipped)")

@@ -262,15 +262,18 @@ def test_maps_are_those_of_analyze_and_pairs_are_fair(runs, pages, name, tmp_pat
         assert (ours != theirs).all()
     tokens, _ = grok.to_tokens(clean, world, model.config.layout)
     donor_tokens, _ = grok.to_tokens(donor, world, model.config.layout)
-    swaps = analyze.patch_map(model, tokens, analyze.values_of(model, donor_tokens), t)
+    theirs = analyze.values_of(model, donor_tokens)
+    redirected = analyze.patch_map(model, tokens, theirs, t)["redirected"]
+    unchanged = analyze.patch_map(model, tokens, theirs, analyze.predict(model, tokens))[
+        "redirected"]
     lens = analyze.seen(model, world, clean)
     assert lens["left_out"] == 0
     for count in counts:
         site = count["site"]
         at = (site["loop"], site["position"])
-        wanted = {"redirected": swaps["redirected"][site["part"]][at],
-                  "unchanged": swaps["unchanged"][site["part"]][at],
-                  "else": swaps["changed"][site["part"]][at]}
+        wanted = {"redirected": redirected[site["part"]][at],
+                  "unchanged": unchanged[site["part"]][at]}
+        wanted["else"] = 1 - wanted["redirected"] - wanted["unchanged"]
         for key, kind in (("all", "bridge"), ("entities", "entity")):
             wanted[key] = lens[site["part"]][kind]["map"][at[0]][at[1]]
         for key, share in wanted.items():
@@ -392,9 +395,9 @@ def test_forward_pass_has_the_names_and_the_order_of_grok(pages):
     script = Page(pages["causal"]).scripts["model"].strip()
     assert len(script.splitlines()) <= 200
     python = (ROOT / "grok.py").read_text(encoding="utf-8")
-    wanted = ["unchanged", "rms_norm", "gated", "TwoHopModel", "embed", "answer_position", "read",
-              "unembed", "LoopedTransformer", "Block", "mlp", "Attention", "rotate", "attend",
-              "TokenMixing"]
+    wanted = ["unchanged", "TwoHopModel", "embed", "answer_position", "read", "unembed",
+              "LoopedTransformer", "Block", "mlp", "rms_norm", "gated", "Attention", "rotate",
+              "attend", "TokenMixing"]
     for pattern, text in ((r"^(?:def|class) (\w+)|^    def (\w+)", python),
                           (r"^(?:function|class) (\w+)|^  (\w+)\(.*\{", script)):
         names = []

@@ -534,7 +534,7 @@ def bench_lines(config, files, time_only):
 def parse(argv):
     """(options, Config, {file name: bytes}) of the command line."""
     presets = [name for name in grok.PRESETS if name != "tune"]
-    parser = grok.Parser(prog="python -m tools.bench", description=DESCRIPTION, allow_abbrev=False)
+    parser = grok.Parser(prog="python -m tools.bench", description=DESCRIPTION)
     parser.add_argument("--preset", default="tiny", help=f"[{', '.join(presets)}] (tiny)")
     parser.add_argument("--regime", help="of grok.py (natural)")
     parser.add_argument("--device", help="cuda, mps or cpu (the first there is)")

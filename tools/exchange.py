@@ -34,7 +34,7 @@ import numpy as np
 if not __package__:  # an editor's Run button starts this file and not the module
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import (LISTED, REGIMES, BadInput, all_splits, build_world, decode, describe_world,
+from data import (GIVEN_SPLITS, REGIMES, BadInput, all_splits, build_world, decode, describe_world,
                   queries, read_bytes, reading)
 from grok import (Config, Parser, make_data, run_command, say, settings_of, shares_of_regime,
                   take_facts, write_file)
@@ -143,7 +143,7 @@ def write_data(path, world, splits, regime):
     path = Path(path)
     arrays = {"facts": world.facts, "is_ood": world.is_ood}
     arrays["names"] = json.dumps([world.entity_names, world.relation_names, regime])
-    for name in LISTED:
+    for name in GIVEN_SPLITS:
         arrays[name] = path_numbers(world, splits[name])
     buffer = io.BytesIO()  # given a name, numpy would append .npz to it
     np.savez_compressed(buffer, **arrays)
@@ -371,7 +371,7 @@ def check_kinds(world, items, first, second):
 def list_splits(folder, world, items, first, second):
     """{split: Queries}: three as the files list them, each composition once; the others whole."""
     listed = []
-    for split in LISTED:
+    for split in GIVEN_SPLITS:
         rows = items.kinds == split
         if not rows.any():
             raise BadInput(f"{folder}: lists nothing for {split}")
@@ -383,15 +383,15 @@ def list_splits(folder, world, items, first, second):
 # ---------------------------------------------------------------- the command line
 def parse(argv=None):
     """The options, as a namespace; what is not given is None."""
-    parser = Parser(prog="python -m tools.exchange", allow_abbrev=False,
+    parser = Parser(prog="python -m tools.exchange",
                     description="Data sets in the JSON layout of the public GrokkedTransformer "
                     "code, to and from one file for grok.py --facts.",
                     epilog="read --help and write --help list their options")
     commands = parser.add_subparsers(dest="command", required=True, metavar="read or write")
-    read = commands.add_parser("read", help="a folder, into one data file", allow_abbrev=False)
+    read = commands.add_parser("read", help="a folder, into one data file")
     read.add_argument("folder", help="holds vocab.json, train.json, valid.json and test.json")
     read.add_argument("-o", "--out", required=True, metavar="FILE", help="the file to make")
-    write = commands.add_parser("write", help="a new folder", allow_abbrev=False)
+    write = commands.add_parser("write", help="a new folder")
     write.add_argument("folder", help="the folder to make")
     write.add_argument("--facts", metavar="FILE", help="what to write, a data file or a text of "
                        "facts (a random world)")

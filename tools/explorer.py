@@ -71,7 +71,7 @@ def find_site(model, world, pool):
     if len(clean.h) == 0:
         return None
     used = donor_map(model, world, clean, donor, predicted)
-    bridge = bridge_site(model, world, pool, used, scored={}, code=None)
+    bridge = bridge_site(model, world, pool, used, scoring={}, code=None)
     return tuple(bridge["sites"][0]) if bridge["where"] == "one site" else None
 
 
@@ -314,7 +314,7 @@ def put_in(page, data):
 def main(argv=None):
     """Write the page; exit status 0, 2 for bad input, 130 when stopped."""
     def body():
-        parser = Parser(prog="python -m tools.explorer", allow_abbrev=False,
+        parser = Parser(prog="python -m tools.explorer",
                         description="A page to swap in: one HTML file that holds runs.")
         parser.add_argument("runs", nargs="*", type=Path, default=DEFAULT, metavar="RUN",
                             help="folders of runs (small, second_full and tiny, natural, seed 0)")

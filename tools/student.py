@@ -104,7 +104,7 @@ def write_files(out):
 def main(argv=None):
     """Write both files; exit status 0, 2 for bad input, 130 when stopped."""
     def body():
-        parser = Parser(prog="python -m tools.student", allow_abbrev=False,
+        parser = Parser(prog="python -m tools.student",
                         description="The notebook for a class: a copy without outputs, answers and "
                         "solutions, tutorial_student.ipynb, and a page with these, solutions.md.")
         parser.add_argument("-o", "--out", type=Path, default=HERE, metavar="FOLDER",
