@@ -200,10 +200,16 @@ NOTHING = Cell([])
 
 # ---------------------------------------------------------------- the book: what training gave
 MILESTONES = {  # measure: (split, level, which rate of the lens)
-    "fit": ("train_inferred", 0.99, None), "id_.5": ("test_id", 0.5, None),
-    "answer_.5": ("test_ood", 0.5, None), "answer_.9": ("test_ood", 0.9, None),
+    "train_.5": ("train_inferred", 0.5, None),
+    "train_.9": ("train_inferred", 0.9, None),
+    "train_.95": ("train_inferred", 0.95, None),
+    "fit": ("train_inferred", 0.99, None),
+    "id_.5": ("test_id", 0.5, None),
+    "answer_.5": ("test_ood", 0.5, None),
+    "answer_.9": ("test_ood", 0.9, None),
     "answer_.95": ("test_ood", 0.95, None),
-    "lens_.5": ("test_ood", 0.5, "any"), "lens_.9": ("test_ood", 0.9, "any"),
+    "lens_.5": ("test_ood", 0.5, "any"),
+    "lens_.9": ("test_ood", 0.9, "any"),
     "lens_.95": ("test_ood", 0.95, "any")}
 
 
@@ -247,13 +253,13 @@ def last_shares(members):
     for split in SPLITS:
         cells[split] = Cell([run.history[-1]["accuracy"].get(split) for run in members])
     for split in COMPOSITIONS:
-        rates = [run.history[-1]["lens"].get(split, {}) for run in members]
-        cells[f"{split}_lens"] = lens_cell(rates)
+        end_rates = [run.history[-1]["lens"].get(split, {}) for run in members]
+        cells[f"{split}_lens"] = lens_cell(end_rates)
     for step in (2500, 3000, 5000):
         lines = [line_at(run, step) for run in members]
         cells[f"test_ood_at_{step}"] = Cell([get(line, "accuracy test_ood") for line in lines])
-        rates = [get(line, "lens test_ood") or {} for line in lines]
-        cells[f"test_ood_lens_at_{step}"] = lens_cell(rates)
+        step_rates = [get(line, "lens test_ood") or {} for line in lines]
+        cells[f"test_ood_lens_at_{step}"] = lens_cell(step_rates)
     return cells
 
 
@@ -413,7 +419,7 @@ def form_cells(runs):
     for group, members in trained_groups(runs):
         words = [form_of(run) for run in members]
         if None not in words:
-            cells[group,] = Cell([", ".join(words)], "text")
+            cells[(group,)] = Cell([", ".join(words)], "text")
     return cells
 
 
@@ -436,16 +442,19 @@ def graft_cells(runs):
     first weights, how many have that seed's form in the end, and how many keep their own."""
     cells = {}
     for group, members in trained_groups(runs):
-        own_forms = {run.config.seed: form_of(run) for run in members}
-        pairs = [(own_forms.get(run.config.seed), own_forms.get(one["seed"]), word_of(one))
-                 for run in members for one in run.grafts]
-        parted = [pair for pair in pairs if None not in pair and pair[0] != pair[1]]
-        alike = [pair for pair in pairs if None not in pair and pair[0] == pair[1]]
-        for name, chosen in (("parted", parted), ("alike", alike)):
-            follows = sum(came_out == theirs for _, theirs, came_out in chosen)
-            if chosen:
-                cells[group, name] = Cell([len(chosen)], "count")
-                cells[group, f"{name}_follow"] = Cell([follows], "count")
+        forms = {run.config.seed: form_of(run) for run in members}
+        follows = {"parted": [], "alike": []}  # whether the form is that of the grafted seed
+        for run in members:
+            for graft in run.grafts:
+                own = forms.get(run.config.seed)
+                theirs = forms.get(graft["seed"])
+                result = word_of(graft)
+                if None not in (own, theirs, result):
+                    follows["parted" if own != theirs else "alike"].append(result == theirs)
+        for name, trials in follows.items():
+            if trials:
+                cells[group, name] = Cell([len(trials)], "count")
+                cells[group, f"{name}_follow"] = Cell([sum(trials)], "count")
     return cells
 
 
@@ -529,8 +538,11 @@ def data_cells(runs):
     for group, members in runs.groups.items():
         if group.startswith("data/") or group == "map/hop1_0_hop2_0":
             config = members[0].config
-            words = dict.fromkeys(class_of(run) if "end" in run.inside else NOT_MEASURED
-                                  for run in members)
+            words = []
+            for run in members:
+                word = class_of(run) if "end" in run.inside else NOT_MEASURED
+                if word not in words:
+                    words.append(word)
             shares = last_shares(members)
             id_share = shares["test_id"].show(shares["test_id"].mean)
             ood_share = shares["test_ood"].show(shares["test_ood"].mean)
@@ -701,7 +713,7 @@ class Book(dict):
         self.verdicts = {**judge_all(self), **outcomes}  # {name: word}
         self["predictions"] = {(name,): Cell([number], kind)
                                for name, (number, kind) in numbers.items()}
-        for name, word in (("hold", HOLDS), ("fail", FAILS)):
+        for name, word in (("hold", HOLDS), ("fail", FAILS), ("open", OPEN)):
             self["counts"][name,] = Cell([list(outcomes.values()).count(word)], "count")
 
     def look(self, words):

@@ -115,9 +115,12 @@ def steps_of(runs):
 
 
 def name_of(group, runs):
-    """"small, natural, 3 seeds"."""
-    n_seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-    return f"{group.replace('/', ', ').replace('_', ' ')}, {n_seeds}"
+    """"small, natural, 3 seeds"; of one run, "small, natural, seed 0"."""
+    return f"{group.replace('/', ', ').replace('_', ' ')}, {name_seeds(runs)}"
+
+
+def name_seeds(runs):
+    return f"{len(runs)} seeds" if len(runs) > 1 else f"seed {runs[0].config.seed}"
 
 
 def set_message(figure, text):

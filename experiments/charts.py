@@ -62,10 +62,11 @@ BAR_PARTS = {"answered as it is": BLUE,
 def store_aim(runs):
     """What stands between an OOD question and its right answer, at the fit and at the end."""
     groups = {"small/natural": runs.measured_group("small/natural")}
-    for other in ("trm/natural", "small/second_full"):
-        seeds = runs.measured(runs.groups.get(other, []))
-        if seeds and len(groups) == 1:
-            groups[other] = seeds
+    for beside in ("trm/natural", "small/second_full"):
+        seeds = runs.measured(runs.groups.get(beside, []))
+        if seeds:
+            groups[beside] = seeds
+            break
     figure = Figure((WIDTH, 4.4), layout="constrained")
     told = []
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
@@ -130,17 +131,19 @@ def film(runs):
     steps = [frame["step"] for frame in films[0]]
     figure, axes = new_curves("share of OOD questions",
                               f"training step ({name_of('small/natural', group)})")
-    curves = {}
-    for key, name, color in (("own_code", "store: the right\ncode is answered", PURPLE),
-                             ("nearest_right", "aim: the nearest\ncode is right", GREEN),
-                             ("as_is", "answered as it is", BLUE)):
-        curves[name] = (color, [curve_of(frames, key) for frames in films])
-    draw_curves(axes, steps, curves)
+    stores = [curve_of(frames, "own_code") for frames in films]                # (seeds, steps)
+    aims = [curve_of(frames, "nearest_right") for frames in films]
+    answers = [curve_of(frames, "as_is") for frames in films]
+    draw_curves(axes, steps, {"store: the right\ncode is answered": (PURPLE, stores),
+                              "aim: the nearest\ncode is right": (GREEN, aims),
+                              "answered as it is": (BLUE, answers)})
     fits = [first_step(run.history, 0.99, "train_inferred") or steps[0] for run in group]
     axes.axvspan(min(fits) - 8, max(fits) + 8, color="0.85", linewidth=0, zorder=0)
     axes.text(max(fits), 1.0, "  the fit of the training", va="center")
     at_fit = int(np.searchsorted(steps, max(fits)))
-    store, aim, answer = (np.mean(seeds, axis=0)[at_fit:] for _, seeds in curves.values())
+    store = np.mean(stores, axis=0)[at_fit:]
+    aim = np.mean(aims, axis=0)[at_fit:]
+    answer = np.mean(answers, axis=0)[at_fit:]
     below = (answer <= np.minimum(store, aim) + 0.02).all()
     set_message(figure, f"After the fit hop 2 gets stored ({rise(store)}) and hop 1 aimed "
                 f"({rise(aim)}); the answers {'stay below both' if below else 'go'} "
@@ -158,21 +161,21 @@ def rise(curve):
 
 
 # ---------------------------------------------------------------- used where it is not seen
-KINDS = {"small": BLUE, "tiny": SKY, "trm": WINE, "dials of small": SAND,
+KINDS = {"small": BLUE, "tiny": SKY, "trm": WINE, "trm, a change": SAND,
          "map of supervision": INDIGO}
 
 
 def kind_of(run):
     """The one of KINDS that a run belongs to."""
     folder = run.name.split("/")[0]
-    if folder in ("dial", "map"):
-        return {"dial": "dials of small", "map": "map of supervision"}[folder]
+    if folder == "map":
+        return "map of supervision"
     if run.config.model == "recursive":
-        return "trm"
+        return "trm, a change" if folder == "dial" else "trm"
     return "tiny" if run.config.preset == "tiny" else "small"
 
 
-def seen_and_used(run):
+def shares_seen_and_used(run):
     """{"seen", "seen_chance", "used", "used_chance"} of the OOD questions at the end; None if one
     of them was not measured."""
     measured = run.inside["end"]
@@ -190,16 +193,17 @@ def seen_used(runs):
         answer = get(run.inside, "end aim test_ood as_is")
         if answer is None or answer < 0.5:
             continue
-        shares = seen_and_used(run)
+        shares = shares_seen_and_used(run)
         if shares is None:
             runs.left_out[run.name] = "has no lens or no swaps (0 queries)"
         else:
             points[run.name] = {"kind": kind_of(run), **shares}
     if not points:
         raise Absent("no measured run that answers half of its OOD questions")
-    figure = Figure((WIDTH, 5.0), layout="constrained")
+    figure = Figure((WIDTH, 5.4), layout="constrained")
     axes = figure.subplots()
     draw_points(axes, points)
+    figure.legend(loc="outside lower center", ncols=3, title="one point a run")
     for used, name in sorted((point["used"], name) for name, point in points.items())[:4]:
         seen = points[name]["seen"]
         if used < 0.8:  # the exceptions have names
@@ -218,10 +222,11 @@ def seen_used(runs):
 
 
 def draw_points(axes, points):
-    """The points by kind, and what chance gives as bands."""
-    chance = [point["seen_chance"] for point in points.values()]
-    axes.axvspan(min(chance), max(chance), color="0.9", linewidth=0, zorder=0)
-    axes.text(max(chance) + 0.01, 0.5, "seen by chance", rotation=90, va="center")
+    """The points by kind, each with a line from what chance would give the lens; a band is what
+    noise redirects."""
+    for point in points.values():
+        axes.plot([point["seen_chance"], point["seen"]], [point["used"]] * 2, color="0.75",
+                  linewidth=1, zorder=1)
     chance = [point["used_chance"] for point in points.values()]
     axes.axhspan(min(chance), max(chance), color="0.9", linewidth=0, zorder=0)
     axes.text(0.99, max(chance) + 0.01, "redirected by noise", ha="right", va="bottom")
@@ -231,7 +236,7 @@ def draw_points(axes, points):
             axes.plot([point["seen"] for point in chosen], [point["used"] for point in chosen],
                       "o", markersize=7.5, alpha=0.75, color=color, markeredgecolor="white",
                       clip_on=False, zorder=3, label=f"{kind} ({len(chosen)})")
-    axes.legend(loc="center right", title="one point a run")
+    axes.plot([], [], color="0.75", linewidth=1, label="from what the lens sees by chance")
 
 
 # ---------------------------------------------------------------- the map of supervision
@@ -243,11 +248,16 @@ def supervision(runs):
     """The four panels over the shares of OOD facts that are supervised as hop 1 and as hop 2."""
     cells = {}
     for group, members in runs.groups.items():
-        for run in runs.measured(members if is_of_map(group) else []):
+        if not is_of_map(group):
+            continue
+        for run in runs.measured(members):
             cells.setdefault((run.config.hop1, run.config.hop2), []).append(read_cell(run))
     if not cells:
         raise Absent("no measured run of map")
-    grid = sorted({0.0, 0.25, 0.5, 0.75, 1.0}.union(*cells))
+    shares = {0.0, 0.25, 0.5, 0.75, 1.0}
+    for hop1, hop2 in cells:
+        shares.update((hop1, hop2))
+    grid = sorted(shares)
     maps = {}
     for panel in PANELS:
         maps[panel] = np.full((len(grid), len(grid)), np.nan)           # (hop 1, hop 2)
@@ -258,6 +268,8 @@ def supervision(runs):
     for axes, (panel, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
         draw_panel(axes, maps[panel], grid, "Oranges" if panel == "seen" else "Blues")
         axes.set_title(title, fontsize=9)
+    chances = [mean_of(seeds, "chance") for seeds in cells.values()]
+    figure.axes[-1].set_title(f"{PANELS['seen']}\n(chance {span(chances)})", fontsize=9)
     figure.axes[0].set_ylabel("share supervised as hop 1")
     figure.supxlabel("share of the OOD facts supervised as hop 2", fontsize=9)
     set_message(figure, say_map(maps))
@@ -265,11 +277,12 @@ def supervision(runs):
 
 
 def read_cell(run):
-    """The four panels' numbers of one run."""
+    """The numbers of one run: one a panel, and the chance level of the lens."""
     end = run.inside["end"]
     aim = end["aim"]["test_ood"]
+    lens = end["test_ood"]["seen"]["paper"]
     return {"answer": aim["as_is"], "aim": aim["nearest_right"], "store": aim["own_code"],
-            "seen": end["test_ood"]["seen"]["paper"]["any"]}
+            "seen": lens["any"], "chance": lens["any_chance"]}
 
 
 def draw_panel(axes, values, grid, shades):
@@ -310,6 +323,9 @@ def signed(number):
 
 
 # ---------------------------------------------------------------- plain data
+SEED_LINES = ("-", "--", ":")
+
+
 def plain_data(runs):
     """What `small` answers along natural training, with few and with many questions a fact."""
     groups = {}
@@ -321,17 +337,20 @@ def plain_data(runs):
     last = min(group[0].config.steps for group in groups.values())
     for axes, (title, group) in zip(panels, groups.items()):
         for split, color in (("train_inferred", GREY), ("test_id", SKY), ("test_ood", BLUE)):
-            for run in group:
-                axes.plot(steps_of(group), shares_of(run, split), color=color, linewidth=1.2)
+            for run, line in zip(group, SEED_LINES):
+                axes.plot(steps_of(group), shares_of(run, split), line, color=color, linewidth=1.2)
         show_shares(axes)
         axes.set_xlim(0, last)
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.set_title(f"{title}, {name_of('small', group).partition(', ')[2]}")
-        axes.set_xlabel("training step")
+        axes.set_title(title)
+        axes.set_xlabel(f"training step (the run has {group[0].config.steps:,})")
     panels[0].set_ylabel("share of two-step questions answered")
     names = {"training": GREY, "unseen, of ID facts": SKY, "unseen, of OOD facts": BLUE}
-    figure.legend(handles=[Line2D([], [], color=color, label=name)
-                           for name, color in names.items()], loc="outside lower center", ncols=3)
+    handles = [Line2D([], [], color=color, label=name) for name, color in names.items()]
+    for run, line in zip(group, SEED_LINES):
+        handles.append(Line2D([], [], linestyle=line, color="black",
+                              label=f"seed {run.config.seed}"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=6)
     set_message(figure, say_plain_data(groups))
     return figure
 
@@ -348,11 +367,11 @@ def say_plain_data(groups):
 
 def moment(steps):
     """"at step 700 to 900, in 2 of 3 seeds"; None is never."""
-    there = [step for step in steps if step is not None]
-    if not there:
+    reached = [step for step in steps if step is not None]
+    if not reached:
         return "never"
-    seeds = f", in {len(there)} of {len(steps)} seeds" if len(there) < len(steps) else ""
-    return f"at step {span(there, whole)}{seeds}"
+    seeds = f", in {len(reached)} of {len(steps)} seeds" if len(reached) < len(steps) else ""
+    return f"at step {span(reached, whole)}{seeds}"
 
 
 # ---------------------------------------------------------------- new facts
@@ -382,7 +401,7 @@ def new_facts(runs):
         share = max(means[split])
         ends.setdefault(share, {})[name] = (color, means[split][share])
     for share, names in ends.items():
-        label_ends(axes, share, names)
+        label_ends(axes, share + 0.015, names)
     dot = {"marker": "o", "linestyle": ""}
     key = {"new fact, not exposed": dot,
            "new fact, exposed": {**dot, "markerfacecolor": "white"}}
@@ -403,21 +422,27 @@ def draw_exposure(axes, groups, step, split, color):
         values = [value for value in values if value is not None]
         if values:
             means[share] = mean(values)
-            axes.plot([share] * len(values), values, "o", color=color, markersize=5, alpha=0.6,
-                      markerfacecolor="white" if split in EXPOSED else color, clip_on=False)
+            is_exposed = split in EXPOSED
+            x = share + 0.012 if is_exposed else share  # beside each other, where they would meet
+            axes.plot([x] * len(values), values, "o", color=color, markersize=5, alpha=0.6,
+                      markerfacecolor="white" if is_exposed else color, clip_on=False)
     axes.plot(list(means), list(means.values()), "--" if split in EXPOSED else "-", color=color,
               linewidth=2)
     return means
 
 
 def draw_r2_alone(axes, runs, ends, key):
-    """Ticks from end to end at what r2 alone gives, see experiments/measure.py."""
+    """Ticks from end to end at what r2 alone gives, see experiments/measure.py; those of hop 2 and
+    of two new facts, which lie close together, take one half each."""
     style = {"linewidth": 3, "solid_capstyle": "butt"}
+    left, right = ends
+    middle = (left + right) / 2
+    ends_of = {"new_old": (left, right), "old_new": (left, middle), "new_new": (middle, right)}
     for run in runs:
         key["what r2 alone gives"] = style
         for split, share in run.inside["r2_alone"].items():
             if split in SERVED:
-                axes.plot(ends, [share] * 2, color=SERVED[split][1], zorder=1, **style)
+                axes.plot(ends_of[split], [share] * 2, color=SERVED[split][1], zorder=1, **style)
 
 
 def add_key(axes, key, place="upper left"):
@@ -429,12 +454,12 @@ def add_key(axes, key, place="upper left"):
 def say_exposure(means):
     """The message of `new_facts`, at the largest share that leaves others to test."""
     share = max(means["new_new"])
-    none = min(means["new_new"])
-    gains = [means[split][share] - means[split][none] for split in ("new_old", "old_new")]
+    least = min(means["new_new"])
+    gains = [means[split][share] - means[split][least] for split in ("new_old", "old_new")]
     better = "serve better in each hop" if min(gains) >= 0.1 else "serve"
     told = []
     for split, hop in (("new_old", 1), ("old_new", 2)):
-        told.append(f"{short(means[split][none])} to {short(means[split][share])} as hop {hop}")
+        told.append(f"{short(means[split][least])} to {short(means[split][share])} as hop {hop}")
     chained = "hardly chained" if means["new_new"][share] < 0.2 else "chained"
     return (f"With {short(share)} of the new facts exposed, the others {better} "
             f"({', '.join(told)}); two of them are {chained} ({short(means['new_new'][share])})")
@@ -447,26 +472,28 @@ def tuned(runs):
     figure, axes = new_curves("two-step questions answered", "step of fine-tuning (small, natural, "
                               f"from the end; {len(group)} seeds)")
     curves = {}
+    means = {}
     for split, (name, color) in SERVED.items():
-        curves[name] = (color, np.array([shares_of(run, split) for run in group]))  # (seeds, steps)
+        shares = np.array([shares_of(run, split) for run in group])             # (seeds, steps)
+        curves[name] = (color, shares)
+        means[split] = shares.mean(axis=0)
     draw_curves(axes, steps, curves)
     axes.set_xscale("log")
     axes.set_xlim(steps[0], steps[-1])
-    shown = [step for step in (200, 500, 1000, 2000, 5000) if steps[0] <= step <= steps[-1]]
+    shown = [step for step in (200, 500, 1000, 2000, 4000, 6000) if steps[0] <= step <= steps[-1]]
     axes.set_xticks(shown, [f"{step:,}" for step in shown])
     axes.minorticks_off()
     key = {"one seed": {"linewidth": 0.8}}
-    draw_r2_alone(axes, runs.measured(group, "r2_alone"), (0.9 * steps[-1], steps[-1]), key)
+    draw_r2_alone(axes, runs.measured(group, "r2_alone"), (steps[0], 1.12 * steps[0]), key)
     add_key(axes, key)
-    set_message(figure, say_tuned(steps, curves))
+    most_chained = curves[SERVED["new_new"][0]][1].max()
+    set_message(figure, say_tuned(steps, means["new_old"], means["old_new"], most_chained))
     return figure
 
 
-def say_tuned(steps, curves):
-    """The message of `tuned`: what new facts serve for early, and at the end."""
-    first, second, both = (seeds for _, seeds in curves.values())                # (seeds, steps)
-    first = first.mean(axis=0)
-    second = second.mean(axis=0)
+def say_tuned(steps, first, second, most_chained):
+    """The message of `tuned`: what new facts serve for early, and at the end; as hop 1 and as hop 2
+    (steps,), and both new facts at most."""
     early = min(int(np.searchsorted(steps, 400)), len(steps) - 1)
     told = []
     for row in (early, -1):
@@ -474,5 +501,5 @@ def say_tuned(steps, curves):
         shares = sorted((first[row], second[row]))
         told.append(f"at step {steps[row]:,} more as hop {hop} ({short(shares[1])} against "
                     f"{short(shares[0])})")
-    return (f"New facts serve {told[0]}, {told[1]}; two of them are chained in {short(both.max())} "
-            "at most")
+    return (f"New facts serve {told[0]}, {told[1]}; two of them are chained in "
+            f"{short(most_chained)} at most")

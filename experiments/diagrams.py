@@ -84,7 +84,7 @@ def draw_input(axes):
         axes.text(x, 3.2, name, ha="center", va="center", color="0.4")
         arrow(axes, (x, 7.6), (x, LOOPS[0] + BAR - 1))
     top = LOOPS[-1] + PLUS
-    axes.plot([COLUMNS[0] - 3.5, 3, 3, 5], [6, 6, top, top], color=GREEN, linewidth=1.2)
+    axes.plot([COLUMNS[-1], 3, 3, 5], [6, 6, top, top], color=GREEN, linewidth=1.2, zorder=1)
     axes.text(1.5, 33, "the input enters every loop", rotation=90, color=GREEN, ha="center",
               va="center")
 
@@ -157,6 +157,10 @@ def recursion(runs):
             axes.set_yticks([])
             axes.annotate("", (-0.03, 0.5), (-0.21, 0.5), xycoords="axes fraction",
                           arrowprops=dict(arrowstyle="-|>", color="0.3"))
+        else:
+            cycle = number // (config.n_low + 1) + 1
+            trains = "" if cycle == config.n_cycles else ", no gradient"
+            axes.set_ylabel(f"cycle {cycle}{trains}")
     for loop, part, position in measured["site"]["sites"]:
         number, block = divmod(loop, config.n_blocks)
         corner = (block * len(PARTS) + PARTS.index(part) - 0.5, position - 0.5)
@@ -167,7 +171,8 @@ def recursion(runs):
               label="where the paper's lens looks, and the most that it sees there"),
         Patch(facecolor=BLUE, label="what a donor's value redirects"),
         Patch(facecolor="none", edgecolor="black", linewidth=2.5, label="the site of the bridge"),
-        Line2D([], [], color="0.3", label="between the two blocks of a pass")],
+        Line2D([], [], color="0.3", label="between the two blocks of a pass"),
+        Line2D([], [], linestyle="", label="every z_L pass takes in z_H and the input, too")],
         loc="outside lower center", ncols=2)
     set_message(figure, say_recursion(config, measured))
     return figure

@@ -158,7 +158,7 @@ def film_maps(folder, n=100):
     frames = []
     for line in evaluations(trainer):
         frames.append({"step": line["step"], "answer": line["accuracy"]["test_ood"],
-                       **seen_and_used(trainer.average, world, *swapped)})
+                       **maps_of_moment(trainer.average, world, *swapped)})
     check_same_end(folder, line)
     content = io.BytesIO()
     arrays = {name: np.array([frame[name] for frame in frames]) for name in frames[0]}
@@ -166,7 +166,7 @@ def film_maps(folder, n=100):
     return content.getvalue()
 
 
-def seen_and_used(model, world, clean, donor, predicted):
+def maps_of_moment(model, world, clean, donor, predicted):
     """{"seen", "used": (n_loops, 2, T)} of one moment."""
     tokens, _ = to_tokens(clean, world, model.config.layout)
     redirected = donor_map(model, world, clean, donor, predicted)["redirected"]

@@ -83,6 +83,48 @@ def predict_trm_unseen(book):
     return seen.most - seen.chance, "share"
 
 
+def exposure_gains(book, group):
+    """How far a group with exposed facts is ahead of none exposed, {split: difference}."""
+    gains = {}
+    for split in ("new_old", "old_new"):
+        none = book.need(f"new_facts tune/long_natural_end 2000 {split}").mean
+        gains[split] = book.need(f"new_facts {group} 2000 {split}").mean - none
+    return gains
+
+
+def predict_once(book):
+    """Exposed in one composition a hop: each hop gains less than with four, and one gains .1. What
+    is to spare, at least."""
+    once = exposure_gains(book, "exposed/natural_end_0.5_1")
+    four = exposure_gains(book, "exposed/natural_end_0.5_4")
+    less = [four[split] - once[split] for split in once]
+    return min(*less, max(once.values()) - 0.1), "share"
+
+
+def predict_from_fit(book):
+    """Exposed from the fit: better as hop 1 than from the end, and worse as hop 2. By how much, at
+    least."""
+    fit = exposure_gains(book, "exposed/natural_fit_0.5_4")
+    end = exposure_gains(book, "exposed/natural_end_0.5_4")
+    return min(fit["new_old"] - end["new_old"], end["old_new"] - fit["old_new"]), "share"
+
+
+def predict_from_nothing(book):
+    """Exposed, from nothing: half as hop 1, less than half as hop 2, .2 chained. What is to spare,
+    at least."""
+    first, second, both = [book.need(f"new_facts exposed/scratch_0.5_4 end {split}").mean
+                           for split in ("new_old", "old_new", "new_new")]
+    return min(first - 0.5, 0.5 - second, 0.2 - both), "share"
+
+
+def predict_trm_where(book):
+    """At how many different sites the bridge is, over the seeds."""
+    sites = {row["site"] for row in book.rows if row["run"].startswith("trm/both_full/")}
+    if not sites:
+        raise Missing("trm/both_full")
+    return len(sites), "count"
+
+
 def predict_trm_waits(book):
     """How far second_full and natural are below .5 and .1 at step 5,000: the smaller of both."""
     below = []
@@ -120,7 +162,22 @@ def predict_trm_visible(book):
     return min(seen - 0.5, donor - 0.8), "share"
 
 
-SEARCHED = ("lr_0.0015", "lr_0.006", "weight_decay_0.1", "weight_decay_1", "facts_0.4")
+def predict_trm_long_used(book):
+    """15,000 steps: whether all are fitted, and how far an exchange of codes is beyond .8."""
+    fit = book.need("training long/trm_both_full fit")
+    code = book.need("swaps long/trm_both_full end test_ood code")
+    return -1 if fit.without else code.least - 0.8, "share"
+
+
+def predict_trm_decay(book):
+    """How far the worst seed's training is beyond .99, and its exchange of codes beyond .8."""
+    train = book.need("training dial/trm_decay_both_full train_inferred")
+    code = book.need("swaps dial/trm_decay_both_full end test_ood code")
+    return min(train.least - 0.99, code.least - 0.8), "share"
+
+
+SEARCHED = ("lr_0.0015", "lr_0.006", "weight_decay_0.1", "weight_decay_1", "facts_0.4",
+            "decay_0.4")
 
 
 def predict_trm_search(book):
@@ -169,12 +226,31 @@ def predict_worlds_used(book):
                for world in ("natural_data1", "natural_data2")), "share"
 
 
+PHIS = (3, 6, 9, 12, 18)
+OOD_SHARES = ("0.06", "0.125", "0.25")
+
+
+def classes_of(book, phi, ood):
+    """What each run of a square of the map of plain data has learnt, in words (book.class_of)."""
+    group = f"data/phi_{phi}_ood_{ood}"
+    if (phi, ood) == (18, "0.125"):  # the default of all other runs
+        group = "map/hop1_0_hop2_0"
+    classes = [row["class"] for row in book.rows if row["run"].startswith(f"{group}/")]
+    if not classes:
+        raise Missing(group)
+    return classes
+
+
+def are_all(classes, expected):
+    """Whether every run of a square is of a class that begins so."""
+    return all(word.startswith(expected) for word in classes)
+
+
 def cells_against(book, phis, expected):
-    """How many cells of the map of plain data, with these phi, are not of an expected class."""
+    """How many squares of the map of plain data, with these phi, are not of an expected class."""
     against = 0
-    for phi, ood in product(phis, ("0.06", "0.125", "0.25")):
-        said = book.need(f"data {phi} {ood}").values[0]
-        against += not said.startswith(expected)
+    for phi, ood in product(phis, OOD_SHARES):
+        against += not are_all(classes_of(book, phi, ood), expected)
     return against, "count"
 
 
@@ -189,8 +265,8 @@ def predict_data_many(book):
 def predict_data_all(book):
     """How many cells have a circuit for all facts with phi below 12, or more than .06 OOD facts."""
     against = 0
-    for phi, ood in product((3, 6, 9, 12, 18), ("0.06", "0.125", "0.25")):
-        is_for_all = book.need(f"data {phi} {ood}").values[0].startswith("a circuit for all")
+    for phi, ood in product(PHIS, OOD_SHARES):
+        is_for_all = "a circuit for all facts" in classes_of(book, phi, ood)
         against += is_for_all and (phi < 12 or ood != "0.06")
     return against, "count"
 
@@ -201,20 +277,21 @@ HELD_OUT = ((6, "0.06"), (6, "0.25"), (9, "0.125"), (12, "0.125"))  # cells that
 def predict_data_rule(book):
     """How many of the cells held out a threshold on phi gets wrong, which was fitted on the others:
     halfway between the largest phi that memorises and the smallest with a circuit."""
-    classes = {}
-    for phi, ood in product((3, 6, 9, 12, 18), ("0.06", "0.125", "0.25")):
-        classes[phi, ood] = book.need(f"data {phi} {ood}").values[0]
-    memorise = [phi for (phi, ood), said in classes.items()
-                if said.startswith("memorises") and (phi, ood) not in HELD_OUT]
-    circuit = [phi for (phi, ood), said in classes.items()
-               if said.startswith("a circuit") and (phi, ood) not in HELD_OUT]
+    classes = {place: classes_of(book, *place) for place in product(PHIS, OOD_SHARES)}
+    memorise = []
+    circuit = []
+    for phi, ood in classes.keys() - set(HELD_OUT):
+        if are_all(classes[phi, ood], "memorises"):
+            memorise.append(phi)
+        if are_all(classes[phi, ood], "a circuit"):
+            circuit.append(phi)
     if not memorise or not circuit:
         raise Missing("a border of the map of plain data")
     border = (max(memorise) + min(circuit)) / 2
     wrong = 0
     for phi, ood in HELD_OUT:
         expected = "a circuit" if phi > border else "memorises"
-        wrong += not classes[phi, ood].startswith(expected)
+        wrong += not are_all(classes[phi, ood], expected)
     return wrong, "count"
 
 
@@ -236,17 +313,28 @@ PREDICTIONS = {  # name: (the number that decides, or where it stands; rule, lev
         "in new + old the right code mends, the nearest does not (to spare)"),
     "exposed_quarter": (predict_quarter, "at least", 0,
         "a quarter exposed lies between none and half (to spare)"),
+    "exposed_once": (predict_once, "at least", 0,
+        "half exposed in one composition a hop: less gain than with four, .1 in one hop (to "
+        "spare)"),
+    "exposed_fit": (predict_from_fit, "at least", 0,
+        "half exposed, from the fit: better as hop 1 than from the end, worse as hop 2 (by)"),
+    "exposed_scratch": (predict_from_nothing, "at least", 0,
+        "half exposed, from nothing: half as hop 1, less as hop 2, .2 chained (to spare)"),
     "trm_answer": ("training trm/both_full test_ood least", "at least", 0.95,
         "trm, both hops supervised: .95 answered in every seed (the worst)"),
     "trm_unseen": (predict_trm_unseen, "at most", 0.05,
         "trm, both hops supervised: the lens is at chance, within .05 (above it)"),
     "trm_used": ("swaps trm/both_full end test_ood donor least", "at least", 0.8,
         "trm, both hops supervised: a swap redirects .8 in every seed (the worst)"),
+    "trm_where": (predict_trm_where, "at least", 2,
+        "trm, both hops supervised: the site differs between seeds (sites)"),
     "trm_waits": (predict_trm_waits, "at least", 0,
         "trm, step 5,000: hop 2 supervised is below .5, natural below .1 (to spare)"),
     "trm_long": (predict_trm_long, "at least", 0,
         "trm, hop 2 supervised, 12,000 steps: half answered, a swap redirects .8, seen in less "
         "than half (to spare)"),
+    "trm_long_natural": ("training long/trm_natural test_ood mean", "at most", 0.5,
+        "trm, natural, 12,000 steps: less than half answered"),
     "trm_first": (predict_trm_first, "at least", 0,
         "trm, hop 1 supervised: aim .8 or more, store below half (to spare)"),
     "shallow_answer": ("training dial/trm_shallow_second_full test_ood mean", "at least", 0.3,
@@ -256,6 +344,12 @@ PREDICTIONS = {  # name: (the number that decides, or where it stands; rule, lev
     "shallow_used": ("swaps dial/trm_shallow_both_full end test_ood donor least", "at least", 0.8,
         "trm with four loops, both hops supervised: a swap redirects .8 in every seed (the "
         "worst)"),
+    "trm_long_used": (predict_trm_long_used, "at least", 0,
+        "trm, both hops supervised, 15,000 steps: seeds 1 and 2 are fitted, and codes redirect .8 "
+        "in every seed (to spare)"),
+    "trm_decay": (predict_trm_decay, "at least", 0,
+        "trm, both hops supervised, with a step size that falls: .99 of the training right in "
+        "every seed, and codes redirect .8 (to spare)"),
     "trm_visible": (predict_trm_visible, "at least", 0,
         "trm, both hops supervised, 15,000 steps: the lens sees half, a swap redirects .8 (to "
         "spare)"),

@@ -246,7 +246,7 @@ def test_missing_runs_skip_a_picture_and_what_is_unfinished_is_named(root, tmp_p
         assert f"{file}: skipped" in said and not (tmp_path / "out" / file).exists()
     assert (tmp_path / "out/store_aim.png").exists()
     aims = figure_of("store_aim.png", canvas.Shelf(some))
-    assert aims.axes[0].get_title() == "small, natural, 1 seed"
+    assert aims.axes[0].get_title() == "small, natural, seed 0"
 
 
 def test_what_is_asked_wrongly_is_one_line_and_nothing_is_written(root, tmp_path, capsys):
@@ -423,7 +423,7 @@ def test_a_frame_against_one_query_at_a_time(smoke):
     model, world, splits = grok.load_run(smoke)
     pool = splits["test_ood"]
     clean, donor, predicted = other_r2(world, pool.take(slice(20)), pool, np.random.default_rng(0))
-    frame = measure.seen_and_used(model, world, clean, donor, predicted)
+    frame = measure.maps_of_moment(model, world, clean, donor, predicted)
     loop, part, position = 1, "state", 2
     seen = used = 0
     for i in range(len(predicted)):

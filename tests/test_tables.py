@@ -1,4 +1,4 @@
-"""What experiments/tables.py promises, with book.py, verdicts.py and predictions.py, which it needs:
+"""What experiments/tables.py promises, with book.py, verdicts.py and predictions.py beside it:
 `pytest tests/test_tables.py`.
 
 The page is that of the shipped runs; all else is tried on made-up runs, whose numbers are known.
@@ -122,14 +122,16 @@ def write(quick, tmp_path):
 
 
 def classes_of_data(border, wrong=()):
-    """Cells of the map of plain data: a circuit from phi `border` on, but for the wrong ones."""
-    cells = {}
+    """Runs of the map of plain data: a circuit from phi `border` on, but for the wrong ones."""
+    book = Stub({})
     for phi in (3, 6, 9, 12, 18):
         for ood in ("0.06", "0.125", "0.25"):
             memorises = (phi < border) != ((phi, ood) in wrong)
+            is_default = (phi, ood) == (18, "0.125")
+            group = "map/hop1_0_hop2_0" if is_default else f"data/phi_{phi}_ood_{ood}"
             kind = "memorises" if memorises else "a circuit for ID facts"
-            cells[f"data {phi} {ood}"] = Cell([f"{kind} (.10)"], "text")
-    return Stub(cells)
+            book.rows.append({"run": f"{group}/seed0", "class": kind})
+    return book
 
 
 @pytest.mark.parametrize("border, wrong, number", [
@@ -137,6 +139,16 @@ def classes_of_data(border, wrong=()):
 def test_the_border_of_plain_data_is_fitted_on_other_cells_than_it_is_tested_on(border, wrong,
                                                                                number):
     assert predictions.predict_data_rule(classes_of_data(border, wrong)) == (number, "count")
+
+
+def test_one_seed_of_another_class_counts_against_its_square():
+    book = classes_of_data(7)
+    assert predictions.predict_data_many(book) == (0, "count")
+    book.rows.append({"run": "data/phi_9_ood_0.25/seed1", "class": "memorises"})
+    assert predictions.predict_data_many(book) == (1, "count")
+    assert predictions.predict_data_rule(book) == (0, "count")  # it is not held out
+    book.rows.append({"run": "data/phi_12_ood_0.125/seed1", "class": "memorises"})
+    assert predictions.predict_data_rule(book) == (1, "count")
 
 
 def test_without_a_cell_on_either_side_there_is_no_border():
@@ -486,6 +498,7 @@ class Stub:
 
     def __init__(self, cells):
         self.cells = {"paper natural test_ood": [".68"], "paper second_full seen": [".65"], **cells}
+        self.rows = []
 
     def need(self, words):
         if words not in self.cells:
