@@ -508,8 +508,7 @@ def inference_path(model, world, splits, n=500, most=2000):
     right ones, the maps of swaps on 50 to 300.
     """
     rng = np.random.default_rng(0)
-    pools = {split: splits[split].take(rng.permutation(len(splits[split].h)))
-             for split in COMPOSITIONS}
+    pools = {split: splits[split].shuffled(rng) for split in COMPOSITIONS}
     half = len(pools["test_id"].h) // 2
     fitted = pools["test_id"].take(slice(half, half + max(most, 20 * world.n_entities)))
     pools["test_id"] = pools["test_id"].take(slice(half))

@@ -85,6 +85,10 @@ class Queries(namedtuple("Queries", "h r1 r2 b t")):
         """The Queries of these rows, in this order."""
         return Queries(*(column[rows] for column in self))
 
+    def shuffled(self, rng):
+        """The same Queries in random order."""
+        return self.take(rng.permutation(len(self.h)))
+
 
 def make_world(config):
     """A random World; BadInput if it would be too large."""

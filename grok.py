@@ -376,7 +376,7 @@ def make_eval_sets(splits, world, layout, device, most=500):
     rng = np.random.default_rng(0)
     eval_sets = {}
     for name, queries in splits.items():
-        chosen = queries.take(rng.permutation(len(queries.h))[:most])
+        chosen = queries.shuffled(rng).take(slice(most))
         if len(chosen.h):
             tokens, answers = to_tokens(chosen, world, layout)
             columns = (tokens, answers, torch.from_numpy(chosen.b))

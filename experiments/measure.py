@@ -78,7 +78,7 @@ def look_at_new_facts(model, world, splits):
     """{"site", "aim": {split: see `aim_and_store`}} of a model that was fine-tuned. Site and codes
     are those of the training compositions; with them the splits with new facts are tried."""
     rng = np.random.default_rng(0)
-    old = splits["train_inferred"].take(rng.permutation(len(splits["train_inferred"].h)))
+    old = splits["train_inferred"].shuffled(rng)
     half = min(2000, len(old.h) // 2)
     _, code, known = fit_on(model, world, old.take(slice(half)))
     right = right_only(model, world, old.take(slice(half, half + 1000)))
@@ -87,7 +87,7 @@ def look_at_new_facts(model, world, splits):
     aim = {}
     for name in NEW:
         if name in splits and len(splits[name].h):
-            queries = splits[name].take(rng.permutation(len(splits[name].h)))
+            queries = splits[name].shuffled(rng)
             aim[name] = aim_and_store(model, world, queries, site["sites"], code, known)
     return {"site": site, "aim": aim}
 
@@ -119,8 +119,7 @@ def film(folder):
     config, world, splits = load_data(folder)
     trainer = Trainer(config, world, splits)
     rng = np.random.default_rng(0)
-    pools = {name: splits[name].take(rng.permutation(len(splits[name].h)))
-             for name in ("test_id", "test_ood")}
+    pools = {name: splits[name].shuffled(rng) for name in ("test_id", "test_ood")}
     half = len(pools["test_id"].h) // 2
     fitted = pools["test_id"].take(slice(half, half + 2000))
     pools["test_id"] = pools["test_id"].take(slice(half))
@@ -152,7 +151,7 @@ def film_maps(folder, n=100):
     if config.new_facts:
         raise BadInput(f"{folder}: is a run on new facts, and has no OOD questions")
     rng = np.random.default_rng(0)
-    pool = splits["test_ood"].take(rng.permutation(len(splits["test_ood"].h)))
+    pool = splits["test_ood"].shuffled(rng)
     swapped = other_r2(world, pool.take(slice(n)), pool, rng)
     trainer = Trainer(replace(config, device="cpu"), world, splits)
     frames = []

@@ -11,7 +11,7 @@ The words of a page stand in page.md or readme.md; the numbers come from here, i
     {verdict:NAME}                  holds, partly, differs or open (JUDGES), fails (PREDICTIONS)
     {exceptions} {left_out}         a table of runs; the runs that cannot be used, and why
     {failed}                        the predictions that failed, each with its number
-    {when NAME WORD ...} ... {end}  lines that stand only if the verdict is one of these words
+    {when NAME: WORD ...} ... {end} lines that stand only if the verdict is one of these words
 
 and in tables a line "| = | TABLE @1 KEY | ..." says what is looked up in the lines below it, each
 "| label | @ KEY; KEY |". A line without a run is left out, and a sentence below says so.
@@ -34,7 +34,7 @@ from data import BadInput, decode, read_bytes
 from experiments.book import (FIELDS, KEYS, NEVER, NO_CSV, NO_RUN, PAPER, RUN_COLUMNS, Book,
                               exceptions, read_runs)
 from experiments.predictions import PREDICTIONS
-from experiments.verdicts import FAILS, JUDGES, WORDS
+from experiments.verdicts import FAILS, JUDGES
 from grok import Parser, run_command, say, write_file
 
 
@@ -48,9 +48,8 @@ def fill(template, book):
     stands = True
     for line in template.splitlines():
         if line.startswith("{when "):
-            words = line.strip("{}").split()[1:]
-            name = " ".join(word for word in words if word not in WORDS)
-            stands = book.verdicts[name] in words
+            name, _, words = line.strip("{}").removeprefix("when ").partition(":")
+            stands = book.verdicts[name] in words.split()
         elif line == "{end}":
             stands = True
         elif stands:
@@ -70,7 +69,8 @@ def readme(book):
     blocks = []
     fenced = False
     for block in fill(read_template("readme.md"), book).split("\n\n"):
-        fenced ^= block.count("```") == 1
+        if block.count("```") == 1:
+            fenced = not fenced
         is_prose = not fenced and not block.startswith(("#", "|", "!", "```", "  ", "<"))
         blocks.append(wrap(block) if is_prose else block)
     return "\n\n".join(blocks).rstrip("\n") + "\n"

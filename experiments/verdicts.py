@@ -11,7 +11,6 @@ PARTLY = "partly"
 DIFFERS = "differs"
 OPEN = "open"
 FAILS = "fails"  # a prediction
-WORDS = (HOLDS, PARTLY, DIFFERS, OPEN, FAILS)
 
 TOO_FEW = 20     # queries a run; a swap on fewer decides nothing
 SHARES = (0, 0.25, 0.5, 0.75, 1)  # of OOD facts supervised, in the map

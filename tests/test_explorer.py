@@ -431,17 +431,6 @@ def test_page_is_small_and_loads_nothing(pages, shipped_page):
         assert not re.search(rb"https?:|fetch\(|XMLHttpRequest|import\(|WebSocket", page)
 
 
-def test_three_numbered_steps_native_controls_and_what_is_announced(pages):
-    text = pages["tokens"].decode()
-    assert re.findall(r"<h2>(\d)\. ", text) == ["1", "2", "3"]
-    elements = Page(pages["tokens"]).elements
-    assert {tag for tag, about in elements if about.get("id") in ("clean", "donor")} == {"select"}
-    assert [tag for tag, _ in elements].count("label") == 2  # one around each of them
-    live = [about["id"] for _, about in elements if about.get("aria-live") == "polite"]
-    assert live == ["said", "found"]
-    assert elements[0][1] == {"lang": "en"} and "outline: none" not in text
-
-
 def test_page_is_remade_byte_for_byte(runs, pages, tmp_path, capsys):
     again = tmp_path / "figures" / "explorer.html"
     again.parent.mkdir()

@@ -276,7 +276,7 @@ def test_lines_between_when_and_end_stand_only_with_that_verdict(write):
     write_one("small/natural/seed0")
     book = read_book()
     book.verdicts = {"fake small": "partly"}
-    template = "a\n{when fake small holds partly}\nb\n{end}\n{when fake small differs}\nc\n{end}\nd"
+    template = "a\n{when fake small: holds partly}\nb\n{end}\n{when fake small: differs}\nc\n{end}\nd"
     assert tables.fill(template, book) == "a\nb\nd\n"
 
 

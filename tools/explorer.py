@@ -57,7 +57,7 @@ def make_pools(model, world, splits):
     rng = np.random.default_rng(0)
     pools = {}
     for split, kind in EXAMINED.items():
-        shuffled = splits[split].take(rng.permutation(len(splits[split].h)))
+        shuffled = splits[split].shuffled(rng)
         hidden = shuffled.take(shuffled.b != shuffled.h)
         pools[kind] = right_only(model, world, hidden.take(slice(TRIED)))
     return pools
