@@ -38,7 +38,7 @@ from experiments.verdicts import FAILS, JUDGES
 from grok import Parser, run_command, say, write_file
 
 
-IN_CSV = ("map/", "data/", "exposed/")  # groups of which the page shows a selection
+IN_CSV = ("map/", "data/", "exposed/", "search/", "dial/trm")  # the page shows a selection
 
 
 # ---------------------------------------------------------------- the page
