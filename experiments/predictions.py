@@ -345,6 +345,8 @@ PREDICTIONS = {  # name: (the number that decides, or where it stands; rule, lev
         "trm with one block and four loops, hop 2 supervised: less than half answered (mean)"),
     "two_blocks": ("training dial/two_blocks test_ood mean", "at most", 0.5,
         "small with two blocks in turn, hop 2 supervised: less than half answered (mean)"),
+    "fast_answer": ("training dial/trm_lr_0.006_second_full test_ood mean", "at least", 0.2,
+        "trm with twice the step size, hop 2 supervised: .2 answered by step 3,000"),
     "shallow_used": ("swaps dial/trm_shallow_both_full end test_ood donor least", "at least", 0.8,
         "trm with four loops, both hops supervised: a swap redirects .8 in every seed (the "
         "worst)"),
