@@ -644,10 +644,12 @@ def rows_of_runs(runs):
 def count_cells(rows):
     """{(what,): Cell} of how many runs were opened, answer half, are redirected, are not seen."""
     half = answering_half(rows)
-    sizes = {"opened": len(rows), "half": len(half), "used": 0, "unseen": 0}
+    sizes = {"opened": len(rows), "half": len(half), "used": 0, "coded": 0, "unseen": 0}
     for row in half:
-        if row["donor"] is not None and row["donor"] >= 0.8:
+        if redirects(row, "donor"):
             sizes["used"] += 1
+        elif redirects(row, "code"):
+            sizes["coded"] += 1
         if row["seen"] is not None and row["seen"] < 0.5:
             sizes["unseen"] += 1
     return {(name,): Cell([size], "count") for name, size in sizes.items()}
@@ -666,9 +668,15 @@ def answering_half(rows):
     return [row for row in rows if row["answer"] is not None and row["answer"] >= 0.5]
 
 
+def redirects(row, swap):
+    """Whether a swap, "donor" or "code", redirects .8 of the right answers of a run."""
+    return row[swap] is not None and row[swap] >= 0.8
+
+
 def exceptions(rows):
-    """The runs that answer half or more, of which a swap is not known to redirect .8."""
-    return [row for row in answering_half(rows) if row["donor"] is None or row["donor"] < 0.8]
+    """The runs that answer half or more, of which no swap is known to redirect .8."""
+    return [row for row in answering_half(rows)
+            if not redirects(row, "donor") and not redirects(row, "code")]
 
 
 # ---------------------------------------------------------------- the book itself

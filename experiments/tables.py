@@ -10,7 +10,6 @@ The words of a page stand in page.md or readme.md; the numbers come from here, i
     {value:TABLE KEY ... [FIELD]}   a Cell of the book: "mean (least to most)", or one FIELD of it
     {verdict:NAME}                  holds, partly, differs or open (JUDGES), fails (PREDICTIONS)
     {exceptions} {left_out}         a table of runs; the runs that cannot be used, and why
-    {failed}                        the predictions that failed, each with its number
     {when NAME: WORD ...} ... {end} lines that stand only if the verdict is one of these words
 
 and in tables a line "| = | TABLE @1 KEY | ..." says what is looked up in the lines below it, each
@@ -34,11 +33,11 @@ from data import BadInput, decode, read_bytes
 from experiments.book import (FIELDS, KEYS, NEVER, NO_CSV, NO_RUN, PAPER, RUN_COLUMNS, Book,
                               exceptions, read_runs)
 from experiments.predictions import PREDICTIONS
-from experiments.verdicts import FAILS, JUDGES
+from experiments.verdicts import JUDGES
 from grok import Parser, run_command, say, write_file
 
 
-IN_CSV = ("map/", "data/", "exposed/", "search/", "dial/trm")  # the page shows a selection
+IN_CSV = ("map/", "data/", "exposed/", "search/", "dial/trm", "tune/worlds")  # shown in part
 
 
 # ---------------------------------------------------------------- the page
@@ -97,8 +96,6 @@ def fill_places(text, book):
             return exceptions_table(book)
         if kind == "left_out":
             return left_out_sentence(book.runs)
-        if kind == "failed":
-            return failed_list(book)
         raise BadInput(f"template: {match.group(0)}: is no place")
 
     return re.sub(r"\{([^{}]*)\}", put, text)
@@ -172,15 +169,6 @@ def exceptions_table(book, most=8):
     if len(rows) > most:
         lines += ["", f"*{len(rows) - most} more are in tables/runs.csv.*"]
     return "\n".join(lines)
-
-
-def failed_list(book):
-    """A line a prediction that failed."""
-    lines = []
-    for name, (_, _, _, text) in PREDICTIONS.items():
-        if book.verdicts[name] == FAILS:
-            lines.append(f"- {text}: {book.say(f'predictions {name}')}")
-    return "\n".join(lines) or "*There is none.*"
 
 
 def left_out_sentence(runs):

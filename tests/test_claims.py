@@ -48,8 +48,9 @@ CLAIMS = [  # group, stage, number, least, most
     ("small/second_full", "end", "site test_ood others_swapped", 0.9, 1),
     ("small/natural", "end", "lens test_ood any", 0, 0.2),
     ("small/natural", "end", "site test_ood donor", 0.8, 1),
-    # In the recursion the seeds differ in what the lens sees; in all the bridge's code redirects.
+    # In the recursion the bridge gathers with time: early its code redirects in part, late wholly.
     ("trm/both_full", "end", "site test_ood code", 0.5, 1),
+    ("long/trm_both_full", "end", "site test_ood code", 0.9, 1),
     # Where it is seen, in tiny, it is used, too.
     ("tiny/natural", "end", "lens test_ood any", 0.95, 1),
     ("tiny/natural", "end", "site test_ood donor", 0.9, 1),
@@ -61,11 +62,12 @@ CLAIMS = [  # group, stage, number, least, most
     ("small/second_full", "fit", "aim test_ood own_code", 0.95, 1),
     ("small/first_full", "fit", "aim test_ood own_code", 0, 0.5),
     ("small/first_full", "fit", "aim test_ood nearest_right", 0.9, 1),
-    # So it does in the paper's recursion, to the end.
+    # Supervision of hop 1 aims, in the paper's recursion, too, and to the end.
     ("trm/first_full", "end", "aim test_ood nearest_right", 0.9, 1),
     ("trm/first_full", "end", "aim test_ood own_code", 0, 0.4),
-    ("trm/second_full", "end", "aim test_ood nearest_right", 0, 0.2),
-    ("trm/second_full", "end", "aim test_ood own_code", 0.9, 1),
+    # Neither depth nor the second block makes the recursion wait.
+    ("dial/trm_like_small_second_full", "end", "accuracy test_ood", 0, 0.4),
+    ("dial/two_blocks", "end", "accuracy test_ood", 0.5, 1),
     # Plain data: few training questions a fact make it memorise, whatever the share of OOD facts.
     ("data/phi_6_ood_0.06", "end", "accuracy test_id", 0, 0.3),
     ("data/phi_6_ood_0.25", "end", "accuracy test_id", 0, 0.3),
@@ -79,6 +81,7 @@ LATER = [  # group, and: the OOD answer reaches `level` at least `times` as late
 MORE = [  # group, and: at the end the first number exceeds the second
     ("tune/long_natural_end", "accuracy new_old", "accuracy old_new"),
     ("tune/long_natural_fit", "accuracy new_old", "accuracy old_new"),
+    ("trm/second_full", "aim test_ood own_code", "aim test_ood nearest_right"),
     ("small/natural", "aim test_ood own_code", "aim test_ood as_is"),
     ("small/natural", "aim test_ood snapped", "aim test_ood as_is")]
 
