@@ -15,7 +15,7 @@ FAILS = "fails"  # a prediction
 TOO_FEW = 20     # queries a run; a swap on fewer decides nothing
 SHARES = (0, 0.25, 0.5, 0.75, 1)  # of OOD facts supervised, in the map
 LONGEST = {"small": "long/natural", "trm": "trm/natural"}              # natural training
-SECOND = {"small": "small/second_full", "trm": "long/trm_second_full"}  # hop 2 supervised
+SECOND = {"small": "small/second_full", "trm": "trm/second_full"}       # hop 2 supervised
 EARLY = {"small": "tune/small_natural_end", "trm": "tune/trm_natural"}  # new facts, 500 steps
 LATE = {"small": "tune/long_natural_end", "trm": "tune/trm_long_natural"}  # 6,000 steps
 
