@@ -38,7 +38,7 @@ from grok import Parser, run_command, say, write_file
 
 
 IN_CSV = ("map/", "data/", "exposed/", "search/", "dial/trm", "tune/worlds",
-          "worlds/second_full")  # groups of which the page shows a selection
+          "worlds/second_full", "small/both_half")  # groups of which the page shows a selection
 
 
 # ---------------------------------------------------------------- the page
@@ -162,11 +162,11 @@ def exceptions_table(book, most=8):
     rows = exceptions(book.rows)
     if not rows:
         return "*There is none.*"
-    lines = ["| run | answers | a donor redirects | its code redirects | best site |",
-             "| --- | --- | --- | --- | --- |"]
+    lines = ["| run | answers | a donor redirects | its code redirects |",
+             "| --- | --- | --- | --- |"]
     for row in rows[:most]:
         shown = [short(row[name]) for name in ("answer", "donor", "code")]
-        lines.append(f"| `{row['run']}` | {' | '.join(shown)} | {row['site']} |")
+        lines.append(f"| `{row['run']}` | {' | '.join(shown)} |")
     if len(rows) > most:
         lines += ["", f"*{len(rows) - most} more are in tables/runs.csv.*"]
     return "\n".join(lines)
