@@ -72,9 +72,9 @@ def store_aim(runs):
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, group in zip(panels, groups):
         aims = {}
+        seeds = [run for run in groups[group] if "fit" in run.inside]  # one may never have fitted
         for stage in ("fit", "end"):
-            aims[stage] = [run.inside[stage]["aim"]["test_ood"] for run in groups[group]
-                           if stage in run.inside]
+            aims[stage] = [run.inside[stage]["aim"]["test_ood"] for run in seeds]
         draw_aims(axes, aims)
         axes.set_title(name_of(group, groups[group]))
         told.append(say_gains(group, aims))
@@ -114,10 +114,12 @@ def say_gains(group, aims):
     """What happens between the fit and the end, in words."""
     told = []
     for key, verb, hop in (("own_code", "store", "hop 2"), ("nearest_right", "aim", "hop 1")):
-        before = mean_of(aims["fit"], key)
-        after = mean_of(aims["end"], key)
-        does = f"{verb}s" if after - before >= 0.1 else f"does not {verb}"
-        told.append(f"{does} {hop} ({short(before)} to {short(after)})")
+        before = [aim[key] for aim in aims["fit"]]
+        after = [aim[key] for aim in aims["end"]]
+        n_gain = sum(high - low >= 0.1 for low, high in zip(before, after))
+        does = f"{verb}s" if n_gain else f"does not {verb}"
+        seeds = f" in {n_gain} of {len(after)} seeds" if 0 < n_gain < len(after) else ""
+        told.append(f"{does} {hop}{seeds} ({short(mean(before))} to {short(mean(after))})")
     name = group.replace("/", ", ").replace("_", " ")
     return f"{name}: after the fit it {' and '.join(told)}"
 
