@@ -174,7 +174,7 @@ def exceptions_table(book, most=8):
 
 def left_out_sentence(runs):
     if not runs.left_out:
-        return "No run was left out."
+        return "All runs that are there could be used."
     return f"Left out: {'; '.join(runs.left_out)}."
 
 
