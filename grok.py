@@ -853,10 +853,11 @@ def load_run(folder, weights="end"):
 
 def make_data(config, files):
     """(world, splits) of a run, from its settings or from its own facts, in {name: bytes}."""
+    splits = None
     if config.facts:
         world, splits = parse_source(files[config.facts], config.facts, config)
     else:
-        world, splits = make_world(config), None
+        world = make_world(config)
     if splits is None:
         splits = make_splits(world, config)
     if config.new_facts:

@@ -123,9 +123,9 @@ def check_group(run, group):
         if run.config.seed == other.config.seed:
             raise BadInput(f"has the seed of {other.name}")
         for name, value in asdict(run.config).items():
-            there = getattr(other.config, name)
-            if name not in ("seed", "device") and value != there:
-                raise BadInput(f"{name} = {value}, but {other.name} has {there}")
+            theirs = getattr(other.config, name)
+            if name not in ("seed", "device") and value != theirs:
+                raise BadInput(f"{name} = {value}, but {other.name} has {theirs}")
 
 
 # ---------------------------------------------------------------- one number of a group of runs

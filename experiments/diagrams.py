@@ -166,16 +166,20 @@ def recursion(runs):
         corner = (block * len(PARTS) + PARTS.index(part) - 0.5, position - 0.5)
         passes[number].add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black",
                                            linewidth=2.2, clip_on=False, zorder=6))
-    figure.legend(handles=[
-        Patch(facecolor="none", edgecolor=ORANGE, linewidth=2,
-              label="where the paper's lens looks, and the most that it sees there"),
-        Patch(facecolor=BLUE, label="what a donor's value redirects"),
-        Patch(facecolor="none", edgecolor="black", linewidth=2.5, label="the site of the bridge"),
-        Line2D([], [], color="0.3", label="between the two blocks of a pass"),
-        Line2D([], [], linestyle="", label="every z_L pass takes in z_H and the input, too")],
-        loc="outside lower center", ncols=2)
+    figure.legend(handles=recursion_key(), loc="outside lower center", ncols=2)
     set_message(figure, say_recursion(config, measured))
     return figure
+
+
+def recursion_key():
+    """What frames, shades and lines of `recursion` mean."""
+    return [Patch(facecolor="none", edgecolor=ORANGE, linewidth=2,
+                  label="where the paper's lens looks, and the most that it sees there"),
+            Patch(facecolor=BLUE, label="what a donor's value redirects"),
+            Patch(facecolor="none", edgecolor="black", linewidth=2.5,
+                  label="the site of the bridge"),
+            Line2D([], [], color="0.3", label="between the two blocks of a pass"),
+            Line2D([], [], linestyle="", label="every z_L pass takes in z_H and the input, too")]
 
 
 def draw_pass(axes, shares, seen):

@@ -160,7 +160,9 @@ def film_maps(folder, n=100):
                        **maps_of_moment(trainer.average, world, *swapped)})
     check_same_end(folder, line)
     content = io.BytesIO()
-    arrays = {name: np.array([frame[name] for frame in frames]) for name in frames[0]}
+    arrays = {}
+    for name in frames[0]:
+        arrays[name] = np.array([frame[name] for frame in frames])
     np.savez_compressed(content, **arrays)
     return content.getvalue()
 

@@ -37,7 +37,7 @@ def judge_sooner(book, preset):
 
 
 def judge_stages(book, preset):
-    """Natural: the training is fitted, then the bridge is there in half, then half is answered."""
+    """Natural: the training is fitted, then the bridge is seen in half, then half is answered."""
     by_lens = [book.need(f"training {LONGEST[preset]} {name}")
                for name in ("fit", "lens_.5", "answer_.5")]
     if in_order(*by_lens):
@@ -49,10 +49,10 @@ def judge_stages(book, preset):
 
 def in_order(fit, bridge, answer):
     """Whether in every run the bridge came after the fit, and before the answer (if that came)."""
-    for fitted, there, answered in zip(fit.values, bridge.values, answer.values):
-        if fitted is None or there is None or there <= fitted:
+    for fitted, seen, answered in zip(fit.values, bridge.values, answer.values):
+        if fitted is None or seen is None or seen <= fitted:
             return False
-        if answered is not None and answered <= there:
+        if answered is not None and answered <= seen:
             return False
     return True
 
