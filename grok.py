@@ -238,8 +238,10 @@ class RecursiveTransformer(TwoHopModel):
             with torch.set_grad_enabled(trains):
                 for _ in range(self.config.n_low):
                     z_low, loop = self.one_pass(z_low + z_high + x, loop, edit)
-                z_high, loop = self.one_pass(z_high + z_low, loop, edit)
-        return self.unembed(self.read(z_high.transpose(0, 1), tokens))
+                if self.config.two_states:
+                    z_high, loop = self.one_pass(z_high + z_low, loop, edit)
+        last = z_high if self.config.two_states else z_low
+        return self.unembed(self.read(last.transpose(0, 1), tokens))
 
     def embed(self, tokens):
         """tokens (B, T) -> vectors (B, T + slots, D), not normalised; scratch slots come last."""
@@ -271,6 +273,7 @@ class ResidualBlock(nn.Module):
         D = config.d_model
         T = LENGTH[config.layout] + config.slots
         hidden = 8 * D // 3
+        self.residual = config.residual
         self.mix_gate_up = nn.Linear(T, 8 * T, bias=False)
         self.mix_down = nn.Linear(4 * T, T, bias=False)
         self.gate_up = nn.Linear(D, 2 * hidden, bias=False)
@@ -278,10 +281,14 @@ class ResidualBlock(nn.Module):
 
     def forward(self, z, loop, edit):
         mixed = edit(loop, "mixed", self.mix(z).transpose(0, 1))                # (B, T, D)
-        z = rms_norm(z + mixed.transpose(0, 1))
-        z = rms_norm(z + gated(self.gate_up, self.down, z))
+        z = self.add(z, mixed.transpose(0, 1))
+        z = self.add(z, gated(self.gate_up, self.down, z))
         state = edit(loop, "state", z.transpose(0, 1))                          # (B, T, D)
         return state.transpose(0, 1)
+
+    def add(self, z, change):
+        """The residual connection and the norm after it; without it, the change alone is left."""
+        return rms_norm(z + change if self.residual else change)
 
     def mix(self, z):
         """z (T, B, D) -> a gated MLP along the positions, (T, B, D)."""
@@ -295,7 +302,8 @@ def name_loops(config):
     for cycle in range(config.n_cycles):
         first = cycle * config.n_low + 1
         passes = [f"z_L pass {number}" for number in range(first, first + config.n_low)]
-        passes.append(f"z_H pass {cycle + 1}")
+        if config.two_states:
+            passes.append(f"z_H pass {cycle + 1}")
         for name in passes:
             names.extend(f"{name}, block {block + 1}" for block in range(config.n_blocks))
     return names
@@ -626,6 +634,8 @@ class Config:
     n_low: int = setting(6, "recursive: passes of z_L for one of z_H", 1, 128)
     n_cycles: int = setting(2, "recursive: how often, the last with a gradient", 1, 128)
     slots: int = setting(0, "recursive: scratch positions (paper: 16)", 0, 64)
+    residual: bool = setting(True, "recursive: add to z what a block makes of it (paper)")
+    two_states: bool = setting(True, "recursive: z_L and z_H (paper); false: z_H never changes")
     # training
     min_loops: int = setting(2, "looped: graded are this loop and all later ones", 1, 128)
     atomic_share: float = setting(0.4, "share of a batch that is facts; 0: uniform sampling "
@@ -646,8 +656,8 @@ class Config:
     device: str = setting("cpu", "cuda, mps or cpu", words=("cuda", "mps", "cpu"))
     facts: str = setting("", "your own facts: a file of lines head, relation, tail, tab-separated",
                          words=("", "facts.tsv", "facts.npz"))
-    weights: str = setting("", "with --start: its weights at the fit or the end, or none",
-                           words=("", "fit", "end", "none"))
+    weights: str = setting("", "with --start: its weights at the fit or the end, the end's with a "
+                           "new MLP, or none", words=("", "fit", "end", "new_mlp", "none"))
 
     def __post_init__(self):
         for item in fields(self):
@@ -673,7 +683,7 @@ def check_value(name, value, kind, limits):
 
 def check_model(config):
     """Refuse settings of the model that do not go together, or would be ignored."""
-    not_used_by = {"looped": ("n_low", "n_cycles", "slots"),
+    not_used_by = {"looped": ("n_low", "n_cycles", "slots", "residual", "two_states"),
                    "recursive": ("n_loops", "min_loops", "logit_scale")}
     for name in not_used_by[config.model]:
         if getattr(config, name) != DEFAULTS[name]:
@@ -935,16 +945,16 @@ def take_start(start, given):
     if config.new_facts:
         raise BadInput(f"start = {start}: has new facts already, and would get the same again")
     weights = given["weights"] or "end"
-    if weights not in (*WEIGHTS, "none"):
-        raise BadInput(f"weights = {weights}: must be one of fit, end, none")
+    check_value("weights", weights, str, {"words": ("fit", "end", "new_mlp", "none")})
     files = {}
     if config.facts:
         files[config.facts] = read_bytes(start / config.facts)
-    if weights == "end" and not is_finished(start):
+    if weights in ("end", "new_mlp") and not is_finished(start):
         raise BadInput(f"start = {start}: is not finished; --weights fit takes those at the fit")
     if weights != "none":
-        load_run(start, weights)  # what does not fit is refused before anything is written
-        files["start.pt"] = read_bytes(start / f"{weights}.pt")
+        name = "fit" if weights == "fit" else "end"
+        load_run(start, name)  # what does not fit is refused before anything is written
+        files["start.pt"] = read_bytes(start / f"{name}.pt")
     return {**asdict(config), "weights": weights}, files
 
 
@@ -1016,9 +1026,17 @@ def prepare(config, files, folder):
         write_metrics(trainer, folder)  # it may have been stopped just before
     elif (folder / "start.pt").exists():
         weights = read_checkpoint(folder / "start.pt", take_weights)
+        if config.weights == "new_mlp":
+            weights.update(mlp_weights(trainer.model))  # as they were drawn for this run
         trainer.model.load_state_dict(weights)
         trainer.average.load_state_dict(weights)
     return trainer
+
+
+def mlp_weights(model):
+    """{name: weight} of all that the MLPs of the blocks are made of."""
+    return {name: weight for name, weight in model.state_dict().items()
+            if name.startswith("blocks") and ".mix" not in name}
 
 
 def take_weights(saved):

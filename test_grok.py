@@ -1460,7 +1460,7 @@ def test_weights_to_start_from_are_refused_without_new_facts():
     ("--start run --phi 1", "phi = 1.0: comes from run, leave it out"),
     ("--start run --regime natural", "regime = natural: comes from run, leave it out"),
     ("--start run --facts own.npz", "facts = own.npz: comes from run, leave it out"),
-    ("--start run --weights x", "weights = x: must be one of fit, end, none"),
+    ("--start run --weights x", "weights = x: must be one of fit, end, new_mlp, none"),
     ("--start run --new-facts 999", "new_facts = 999: must lie in [0, 24]")])
 def test_what_cannot_be_used_is_said_in_one_line_and_nothing_is_written(options, said, source,
                                                                         capsys):
