@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from data import BadInput, regime_name
-from grok import (PARTS, WEIGHTS, Parser, lens_rates, load_run, read_run, run_command, run_values,
+from grok import (PARTS, WEIGHTS, Parser, command, lens_rates, load_run, read_run, run_values,
                   say, to_tokens, write_file)
 
 POSITIONS = ("h", "r1", "r2", "answer")  # scratch slots come after these
@@ -665,19 +665,17 @@ def message(paths, part):
 SHIPPED = Path(__file__).resolve().parent / "runs" / "shipped"
 
 
+@command("analyze.py")
 def main(argv=None):
     """Look into runs; exit status 0, 2 if one of them cannot be looked into, 130 when stopped."""
-    def body():
-        status = 0
-        for output, folder in outputs_and_runs(argv).items():
-            try:
-                analyze_run(folder, output)
-            except (BadInput, OSError) as error:  # says so, and goes on to the next
-                print(f"analyze.py: {error}", file=sys.stderr)
-                status = 2
-        return status
-
-    return run_command("analyze.py", body)
+    status = 0
+    for output, folder in outputs_and_runs(argv).items():
+        try:
+            analyze_run(folder, output)
+        except (BadInput, OSError) as error:  # says so, and goes on to the next
+            print(f"analyze.py: {error}", file=sys.stderr)
+            status = 2
+    return status
 
 
 def outputs_and_runs(argv):

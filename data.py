@@ -65,6 +65,14 @@ def regime_name(config):
     return f"hop1_{config.hop1:g}_hop2_{config.hop2:g}_k_{config.k}"
 
 
+def shares_of_regime(regime):
+    """{"hop1", "hop2", "k"} of one of the paper's five names."""
+    if regime not in REGIMES:
+        raise BadInput(f"regime = {regime}: must be one of {', '.join(REGIMES)}")
+    hop1, hop2, k = REGIMES[regime]
+    return {"hop1": hop1, "hop2": hop2, "k": k}
+
+
 # ---------------------------------------------------------------- the world
 @dataclass(frozen=True)
 class World:

@@ -25,6 +25,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from data import (BadInput, REGIMES, TRAINED, add_facts, describe_world, make_splits, make_world,
-                  parse_source, read_bytes, reading, regime_name)
+                  parse_source, read_bytes, reading, regime_name, shares_of_regime)
 
 PARTS = ("mixed", "state")  # the two places inside a loop where a value can be read or replaced
 LENGTH = {"causal": 3, "bidirectional": 4}  # positions: h r1 r2; and a blank for the answer
@@ -895,42 +896,24 @@ def settle(given):
         values.update(shares_of_regime(given["regime"]))
     names = [item.name for item in fields(Config) if item.name != "facts"]
     values.update((name, given[name]) for name in names if given[name] is not None)
-    values["device"] = choose_device(given["device"])
+    here = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
+    values["device"] = given["device"] or here[0]
+    if values["device"] not in here:
+        raise BadInput(f"device = {given['device']}: must be one that is here: {', '.join(here)}")
     if given["facts"]:
         values, files = take_facts(given["facts"], values, given)
     return Config(**values), files
 
 
-def shares_of_regime(regime):
-    """{"hop1", "hop2", "k"} of one of the paper's five names."""
-    if regime not in REGIMES:
-        raise BadInput(f"regime = {regime}: must be one of {', '.join(REGIMES)}")
-    hop1, hop2, k = REGIMES[regime]
-    return {"hop1": hop1, "hop2": hop2, "k": k}
-
-
-def choose_device(device):
-    """The device that was asked for, or the first there is."""
-    here = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
-    if device not in (None, *here):
-        raise BadInput(f"device = {device}: must be one that is here: {', '.join(here)}")
-    return device or here[0]
-
-
-def titles_of_settings():
-    """The group that each setting of Config is in, one of GROUPS, in the order of its fields."""
-    titles = []
+def settings_of(*groups):
+    """The names of the settings in these GROUPS."""
+    names = []
     title = "the world"
     for item in fields(Config):
         title = GROUPS.get(item.name, title)
-        titles.append(title)
-    return titles
-
-
-def settings_of(*groups):
-    """The names of the settings in these GROUPS."""
-    return [item.name for item, title in zip(fields(Config), titles_of_settings())
-            if title in groups]
+        if title in groups:
+            names.append(item.name)
+    return names
 
 
 def take_start(start, given):
@@ -1047,42 +1030,48 @@ def take_weights(saved):
 
 
 # ---------------------------------------------------------------- the command line
+def command(name):
+    """Makes a function of argv, the command line, the main of a command: it returns the exit
+    status (0 where the function returns None), and says in one line what cannot be used or is
+    lacking."""
+    def decorate(body):
+        @wraps(body)
+        def main(argv=None):
+            try:
+                return body(argv) or 0
+            except KeyboardInterrupt as stop:
+                said = str(stop) or "stopped"
+                status = 130
+            except (BadInput, OSError) as error:
+                said = str(error) or type(error).__name__
+                status = 2
+            except (MemoryError, RuntimeError) as error:
+                said = lacking(error)
+                status = 2
+                if said is None:
+                    raise
+            print(f"{name}: {said.splitlines()[0]}", file=sys.stderr)
+            return status
+
+        return main
+
+    return decorate
+
+
+@command("grok.py")
 def main(argv=None):
     """Train a run, or say that it is done; exit status 0, 2 for bad input, 130 when stopped."""
-    def body():
-        given = parse(argv)
-        config, files = settle(given)
-        default = Path("runs", config.preset, regime_name(config), f"seed{config.seed}")
-        folder = Path(given["out"] or default)
-        say(f"{config.preset}, {regime_name(config)}, on {config.device} with "
-            f"{torch.get_num_threads()} threads, in {folder.as_posix()}")
-        if steps_done(folder, config, files) == config.steps:
-            say("already done")
-        else:
-            train(prepare(config, files, folder), folder)
-        print_result(folder)
-
-    return run_command("grok.py", body)
-
-
-def run_command(name, body):
-    """The exit status of a command, which `body` may return; what cannot be used or is lacking is
-    said in one line."""
-    try:
-        return body() or 0
-    except KeyboardInterrupt as stop:
-        said = str(stop) or "stopped"
-        status = 130
-    except (BadInput, OSError) as error:
-        said = str(error) or type(error).__name__
-        status = 2
-    except (MemoryError, RuntimeError) as error:
-        said = lacking(error)
-        status = 2
-        if said is None:
-            raise
-    print(f"{name}: {said.splitlines()[0]}", file=sys.stderr)
-    return status
+    given = parse(argv)
+    config, files = settle(given)
+    default = Path("runs", config.preset, regime_name(config), f"seed{config.seed}")
+    folder = Path(given["out"] or default)
+    say(f"{config.preset}, {regime_name(config)}, on {config.device} with "
+        f"{torch.get_num_threads()} threads, in {folder.as_posix()}")
+    if steps_done(folder, config, files) == config.steps:
+        say("already done")
+    else:
+        train(prepare(config, files, folder), folder)
+    print_result(folder)
 
 
 def lacking(error):
@@ -1113,9 +1102,10 @@ def parse(argv=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     description="Train a tiny transformer until it groks. If it is interrupted, "
                     "the same command goes on.\n\npresets, for --preset:\n" + presets)
-    groups = {title: parser.add_argument_group(title) for title in GROUPS.values()}
-    for item, title in zip(fields(Config), titles_of_settings()):
-        group = groups[title]
+    group = parser  # of a setting that stands above the first group
+    for item in fields(Config):
+        if item.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[item.name])
         words = [word for word in item.metadata.get("words", ()) if word]
         shown = f" [{', '.join(words)}]" if words and item.name != "facts" else ""
         default = "" if item.default == "" else f" ({item.default})"

@@ -22,7 +22,7 @@ import torch
 from analyze import check_writable, plain, seen
 from data import BadInput
 from experiments.measure import evaluations
-from grok import Parser, Trainer, build_model, make_data, read_run, run_command, say, write_file
+from grok import Parser, Trainer, build_model, command, make_data, read_run, say, write_file
 
 
 def graft(config, seed):
@@ -49,24 +49,22 @@ def copy_mixing(model, donor):
 
 
 # ---------------------------------------------------------------- the command line
+@command("experiments.graft")
 def main(argv=None):
     """Train and measure; exit status 0, or 2 for what cannot be used."""
-    def body():
-        parser = Parser(prog="experiments.graft",
-                        description="Which of the first weights decide the form of the bridge?")
-        parser.add_argument("run", type=Path, metavar="RUN", help="a finished run of small")
-        parser.add_argument("seeds", nargs="+", type=int, metavar="SEED",
-                            help="whose first weights mix its positions")
-        args = parser.parse_args(argv)
-        config, _ = read_run(args.run)
-        if config.mixing != "tokens" or config.model != "looped" or config.new_facts:
-            raise BadInput(f"{args.run}: is no run of the preset small")
-        check_writable(args.run)
-        grafts = [graft(config, seed) for seed in args.seeds]
-        write_file(args.run / "graft.json", json.dumps(plain(grafts)).encode())
-        say(f"{args.run.as_posix()}: graft.json")
-
-    return run_command("experiments.graft", body)
+    parser = Parser(prog="experiments.graft",
+                    description="Which of the first weights decide the form of the bridge?")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a finished run of small")
+    parser.add_argument("seeds", nargs="+", type=int, metavar="SEED",
+                        help="whose first weights mix its positions")
+    args = parser.parse_args(argv)
+    config, _ = read_run(args.run)
+    if config.mixing != "tokens" or config.model != "looped" or config.new_facts:
+        raise BadInput(f"{args.run}: is no run of the preset small")
+    check_writable(args.run)
+    grafts = [graft(config, seed) for seed in args.seeds]
+    write_file(args.run / "graft.json", json.dumps(plain(grafts)).encode())
+    say(f"{args.run.as_posix()}: graft.json")
 
 
 if __name__ == "__main__":

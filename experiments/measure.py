@@ -26,7 +26,7 @@ import torch
 from analyze import (aim_and_store, bridge_site, check_writable, codes, donor_map, fit_on,
                      inference_path, logit_lens, other_r2, plain, right_only, swap_maps)
 from data import BadInput
-from grok import (PARTS, Parser, Trainer, WEIGHTS, load_data, load_run, read_run, run_command, say,
+from grok import (PARTS, Parser, Trainer, WEIGHTS, command, load_data, load_run, read_run, say,
                   to_tokens, write_file)
 
 NEW = ("new_old", "old_new", "new_new", "exposed_old", "old_exposed")
@@ -185,28 +185,26 @@ def read_inside(folder):
 
 
 # ---------------------------------------------------------------- the command line
+@command("experiments.measure")
 def main(argv=None):
     """Measure runs; exit status 0, or 2 if one of them cannot be used."""
-    def body():
-        status = 0
-        parser = Parser(prog="experiments.measure", description="What the results page reads.")
-        parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-        anew = parser.add_mutually_exclusive_group()
-        anew.add_argument("--film", action="store_true", help="train anew: aim and store")
-        anew.add_argument("--frames", action="store_true", help="train anew: the moving picture")
-        args = parser.parse_args(argv)
-        for folder in args.runs:
-            try:
-                check_writable(folder)
-                name, content = measure_run(folder, args)
-                write_file(folder / name, content)
-                say(f"{folder.as_posix()}: {name}")
-            except (BadInput, OSError) as error:  # says so, and goes on to the next
-                print(f"experiments.measure: {error}", file=sys.stderr)
-                status = 2
-        return status
-
-    return run_command("experiments.measure", body)
+    status = 0
+    parser = Parser(prog="experiments.measure", description="What the results page reads.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    anew = parser.add_mutually_exclusive_group()
+    anew.add_argument("--film", action="store_true", help="train anew: aim and store")
+    anew.add_argument("--frames", action="store_true", help="train anew: the moving picture")
+    args = parser.parse_args(argv)
+    for folder in args.runs:
+        try:
+            check_writable(folder)
+            name, content = measure_run(folder, args)
+            write_file(folder / name, content)
+            say(f"{folder.as_posix()}: {name}")
+        except (BadInput, OSError) as error:  # says so, and goes on to the next
+            print(f"experiments.measure: {error}", file=sys.stderr)
+            status = 2
+    return status
 
 
 def measure_run(folder, args):

@@ -26,7 +26,7 @@ from analyze import check_writable, name_positions, short
 from data import BadInput, reading
 from experiments import charts, diagrams
 from experiments.canvas import STYLE, WIDTH, Absent, Shelf
-from grok import PARTS, Parser, run_command, say, write_file
+from grok import PARTS, Parser, command, say, write_file
 
 
 # ---------------------------------------------------------------- the moving picture
@@ -137,21 +137,19 @@ def draw_all(root, output, only=None):
             say(f"  without {name}, which {reason}")
 
 
+@command("experiments.pictures")
 def main(argv=None):
     """Draw; exit status 0, or 2 for bad input."""
-    def body():
-        parser = Parser(prog="experiments.pictures", description="Draw all pictures from runs.")
-        parser.add_argument("--root", type=Path, default=HERE.parent / "runs/shipped",
-                            help="folder of runs (runs/shipped)")
-        parser.add_argument("-o", "--out", type=Path, default=HERE.parent / "figures",
-                            help="(figures)")
-        parser.add_argument("--only", metavar="NAME", help=f"one of {', '.join(PICTURES)}")
-        args = parser.parse_args(argv)
-        if args.only not in (None, *PICTURES):
-            raise BadInput(f"only = {args.only}: must be one of {', '.join(PICTURES)}")
-        draw_all(args.root, args.out, args.only)
-
-    return run_command("experiments.pictures", body)
+    parser = Parser(prog="experiments.pictures", description="Draw all pictures from runs.")
+    parser.add_argument("--root", type=Path, default=HERE.parent / "runs/shipped",
+                        help="folder of runs (runs/shipped)")
+    parser.add_argument("-o", "--out", type=Path, default=HERE.parent / "figures",
+                        help="(figures)")
+    parser.add_argument("--only", metavar="NAME", help=f"one of {', '.join(PICTURES)}")
+    args = parser.parse_args(argv)
+    if args.only not in (None, *PICTURES):
+        raise BadInput(f"only = {args.only}: must be one of {', '.join(PICTURES)}")
+    draw_all(args.root, args.out, args.only)
 
 
 if __name__ == "__main__":

@@ -327,17 +327,11 @@ def train_runs(runs, at_once):
     return max(queue.status.values())
 
 
+@grok.command("run_all")
 def main(argv=None):
     """Run the command line; returns the exit status: of the worst run, 2 for bad input, 128 + the
     number of the signal that ended it."""
-    def body():
-        return list_or_train(parse(argv))
-
-    return grok.run_command("run_all", body)
-
-
-def list_or_train(given):
-    """Do what the command line asks for; returns the exit status."""
+    given = parse(argv)
     if given.at_once < 1:
         raise BadInput(f"at_once = {given.at_once}: must be 1 or more")
     runs = choose_runs(given)

@@ -34,7 +34,7 @@ from experiments.book import (FIELDS, KEYS, NEVER, NO_CSV, NO_RUN, PAPER, RUN_CO
                               exceptions, read_runs)
 from experiments.predictions import PREDICTIONS
 from experiments.verdicts import JUDGES
-from grok import Parser, run_command, say, write_file
+from grok import Parser, command, say, write_file
 
 
 IN_CSV = ("map/", "data/", "exposed/", "search/", "dial/trm", "tune/worlds",
@@ -286,27 +286,25 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
+@command("experiments.tables")
 def main(argv=None):
     """Write, compare or print; exit status 0, or 2 for what cannot be used or is out of date."""
-    def body():
-        args = parse(argv)
-        files, book = all_files(args.root)
-        out = args.out or args.root
-        name_the_rest(book)
-        if args.verdicts:
-            say(verdict_table(readme(book)))
-        elif args.readme:
-            write_file(HERE.parent / "README.md", readme(book).encode())
-        elif args.check:
-            compare(files, out)
-            say(f"{len(files)} files are what the runs give")
-        else:
-            (out / "tables").mkdir(parents=True, exist_ok=True)
-            for name, content in files.items():
-                write_file(out / name, content)
-            say(f"{len(files)} files in {out.as_posix()}")
-
-    return run_command("experiments.tables", body)
+    args = parse(argv)
+    files, book = all_files(args.root)
+    out = args.out or args.root
+    name_the_rest(book)
+    if args.verdicts:
+        say(verdict_table(readme(book)))
+    elif args.readme:
+        write_file(HERE.parent / "README.md", readme(book).encode())
+    elif args.check:
+        compare(files, out)
+        say(f"{len(files)} files are what the runs give")
+    else:
+        (out / "tables").mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_file(out / name, content)
+        say(f"{len(files)} files in {out.as_posix()}")
 
 
 if __name__ == "__main__":

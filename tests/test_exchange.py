@@ -20,8 +20,8 @@ from hypothesis import given, strategies as st
 
 import grok
 from data import (GIVEN_SPLITS, REGIMES, SPLITS, BadInput, make_splits, make_world, parse_data,
-                  parse_facts, parse_source, read_bytes)
-from grok import Config, shares_of_regime
+                  parse_facts, parse_source, read_bytes, shares_of_regime)
+from grok import Config
 from tools.exchange import main, read_json, write_data, write_json
 
 HERE = Path(__file__).resolve().parent.parent

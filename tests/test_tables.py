@@ -36,7 +36,7 @@ def config_of(options, seed=0, start=None):
     values = {**(asdict(start) if start else {}), **grok.PRESETS[preset][2], "preset": preset}
     values["weights"] = (given["weights"] or "end") if start else ""
     if given["regime"]:
-        values.update(grok.shares_of_regime(given["regime"]))
+        values.update(data.shares_of_regime(given["regime"]))
     names = set(asdict(grok.Config()))
     values.update((name, value) for name, value in given.items()
                   if name in names and value is not None)

@@ -562,22 +562,20 @@ def check_out(path):
         pass
 
 
+@grok.command("bench")
 def main(argv=None):
     """Run the command line; returns the exit status: 0, 2 for bad input, 130 when stopped."""
-    def body():
-        options, config, files = parse(argv)
-        if options.out:
-            check_out(options.out)
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        lines = []
-        for line in bench_lines(config, files, options.time_only):
-            grok.say(line)
-            lines.append(line + "\n")
-        if options.out:
-            grok.write_file(options.out, "".join(lines).encode())
-
-    return grok.run_command("bench", body)
+    options, config, files = parse(argv)
+    if options.out:
+        check_out(options.out)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    lines = []
+    for line in bench_lines(config, files, options.time_only):
+        grok.say(line)
+        lines.append(line + "\n")
+    if options.out:
+        grok.write_file(options.out, "".join(lines).encode())
 
 
 if __name__ == "__main__":

@@ -35,9 +35,8 @@ if not __package__:  # an editor's Run button starts this file and not the modul
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import (GIVEN_SPLITS, REGIMES, BadInput, all_splits, build_world, decode, describe_world,
-                  queries, read_bytes, reading)
-from grok import (Config, Parser, make_data, run_command, say, settings_of, shares_of_regime,
-                  take_facts, write_file)
+                  queries, read_bytes, reading, shares_of_regime)
+from grok import Config, Parser, command, make_data, say, settings_of, take_facts, write_file
 
 TOKEN = "(<[^<>]+>)"
 ITEM = re.compile(f"({TOKEN}{TOKEN}{TOKEN}?){TOKEN}</a>")  # h, r1, r2 if there is one; t
@@ -427,17 +426,15 @@ def choose_data(given):
     return make_data(Config(**values), files)
 
 
+@command("exchange")
 def main(argv=None):
     """Read or write a data set; exit status 0, 2 for bad input, 130 when stopped."""
-    def body():
-        given = parse(argv)
-        if given.command == "read":
-            read_folder(given.folder, given.out)
-        else:
-            world, splits = choose_data(vars(given))
-            write_json(world, splits, given.folder)
-
-    return run_command("exchange", body)
+    given = parse(argv)
+    if given.command == "read":
+        read_folder(given.folder, given.out)
+    else:
+        world, splits = choose_data(vars(given))
+        write_json(world, splits, given.folder)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ if not __package__:  # an editor's Run button starts this file and not the modul
 from analyze import (EXAMINED, bridge_site, donor_map, logit_lens, other_r2, patch, predict,
                      right_only, tail, values_at)
 from data import BadInput, question_numbers, regime_name
-from grok import (WEIGHTS, Parser, first_step, load_run, read_run, run_command, say, to_tokens,
+from grok import (WEIGHTS, Parser, command, first_step, load_run, read_run, say, to_tokens,
                   write_file)
 
 HERE = Path(__file__).resolve().parent
@@ -311,22 +311,20 @@ def put_in(page, data):
     return before + begin + data + end + after
 
 
+@command("tools.explorer")
 def main(argv=None):
     """Write the page; exit status 0, 2 for bad input, 130 when stopped."""
-    def body():
-        parser = Parser(prog="python -m tools.explorer",
-                        description="A page to swap in: one HTML file that holds runs.")
-        parser.add_argument("runs", nargs="*", type=Path, default=DEFAULT, metavar="RUN",
-                            help="folders of runs (small, second_full and tiny, natural, seed 0)")
-        parser.add_argument("-o", "--out", type=Path, default=Path("explorer.html"),
-                            metavar="FILE", help="the page to write (explorer.html)")
-        given = parser.parse_args(argv)
-        notebook = Path(os.path.relpath(HERE.parent / "tutorial.ipynb", given.out.parent))
-        page = make_page(given.runs, quote(notebook.as_posix()))
-        write_file(given.out, page)
-        say(f"{given.out.as_posix()}: {len(page) / 1000:.0f} KB")
-
-    return run_command("tools.explorer", body)
+    parser = Parser(prog="python -m tools.explorer",
+                    description="A page to swap in: one HTML file that holds runs.")
+    parser.add_argument("runs", nargs="*", type=Path, default=DEFAULT, metavar="RUN",
+                        help="folders of runs (small, second_full and tiny, natural, seed 0)")
+    parser.add_argument("-o", "--out", type=Path, default=Path("explorer.html"),
+                        metavar="FILE", help="the page to write (explorer.html)")
+    given = parser.parse_args(argv)
+    notebook = Path(os.path.relpath(HERE.parent / "tutorial.ipynb", given.out.parent))
+    page = make_page(given.runs, quote(notebook.as_posix()))
+    write_file(given.out, page)
+    say(f"{given.out.as_posix()}: {len(page) / 1000:.0f} KB")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ if not __package__:  # an editor's Run button starts this file and not the modul
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import decode, read_bytes, reading
-from grok import Parser, run_command, say, write_file
+from grok import Parser, command, say, write_file
 
 HERE = Path(__file__).resolve().parent.parent
 FOLDED = re.compile(r"<details><summary>.*?</summary>(.*?)</details>", re.DOTALL)
@@ -101,17 +101,15 @@ def write_files(out):
         say((out / name).as_posix())
 
 
+@command("student")
 def main(argv=None):
     """Write both files; exit status 0, 2 for bad input, 130 when stopped."""
-    def body():
-        parser = Parser(prog="python -m tools.student",
-                        description="The notebook for a class: a copy without outputs, answers and "
-                        "solutions, tutorial_student.ipynb, and a page with these, solutions.md.")
-        parser.add_argument("-o", "--out", type=Path, default=HERE, metavar="FOLDER",
-                            help="where they go (beside grok.py)")
-        write_files(parser.parse_args(argv).out)
-
-    return run_command("student", body)
+    parser = Parser(prog="python -m tools.student",
+                    description="The notebook for a class: a copy without outputs, answers and "
+                    "solutions, tutorial_student.ipynb, and a page with these, solutions.md.")
+    parser.add_argument("-o", "--out", type=Path, default=HERE, metavar="FOLDER",
+                        help="where they go (beside grok.py)")
+    write_files(parser.parse_args(argv).out)
 
 
 if __name__ == "__main__":
