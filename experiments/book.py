@@ -17,7 +17,7 @@ from analyze import COMPOSITIONS, short
 from data import (BadInput, SPLITS, change_facts, compositions, make_splits, make_world, queries,
                   reading)
 from experiments.measure import NEW, r2_alone
-from experiments.predictions import predict_all
+from experiments.predictions import derived_numbers, predict_all
 from experiments.verdicts import FAILS, HOLDS, OPEN, SHARES, Missing, judge_all
 from grok import PRESETS, WEIGHTS, Config, first_step, read_run
 
@@ -551,6 +551,20 @@ def data_cells(runs):
     return cells
 
 
+def class_cells(runs):
+    """{(phi, share of OOD facts, class): Cell} of the same map: 1 for a run of the class, else 0."""
+    begins = {"memorises": "memorises", "circuit": "a circuit", "for_all": "a circuit for all"}
+    cells = {}
+    for group, members in runs.groups.items():
+        if group.startswith("data/") or group == "map/hop1_0_hop2_0":
+            config = members[0].config
+            words = [class_of(run) for run in members if "end" in run.inside]
+            for name, first in begins.items():
+                belongs = [float(word.startswith(first)) for word in words]
+                cells[f"{config.phi:g}", f"{config.ood_fraction:g}", name] = Cell(belongs)
+    return cells
+
+
 # ---------------------------------------------------------------- the book: new facts
 def new_facts_cells(runs):
     """{(group, when, split): Cell}: what is right after 500 and 2,000 steps and at the end, and
@@ -685,11 +699,12 @@ KEYS = {"training": ("runs", "measure"), "compositions": ("runs", "measure"),
         "film": ("runs", "measure"), "aim_and_store": INNER, "swaps": INNER, "seen": INNER,
         "map": ("hop1", "hop2", "measure"), "new_facts": ("runs", "when", "questions"),
         "new_facts_aim": ("runs", "questions", "measure"), "r2_alone": ("world", "measure"),
-        "counts": ("measure",), "predictions": ("name",), "needed": ("hops", "measure"),
+        "counts": ("measure",), "derived": ("measure",), "needed": ("hops", "measure"),
         "site": ("runs", "weights"), "form": ("runs",),
-        "graft": ("runs", "measure"), "data": ("phi", "ood_fraction"), "paper": ("runs", "measure")}
+        "graft": ("runs", "measure"), "data": ("phi", "ood_fraction"),
+        "classes": ("phi", "ood_fraction", "class"), "paper": ("runs", "measure")}
 # of words, or with a file of its own
-NO_CSV = ("needed", "site", "form", "graft", "data", "paper", "predictions")
+NO_CSV = ("needed", "site", "form", "graft", "data", "classes", "paper", "derived")
 FIELDS = ("mean", "least", "most", "n", "chance", "seeds", "without")
 
 
@@ -712,15 +727,16 @@ class Book(dict):
         self["map"] = map_cells(runs, self["compositions"])
         self["needed"] = needed_cells(self["map"])
         self["data"] = data_cells(runs)
+        self["classes"] = class_cells(runs)
         self["new_facts"] = new_facts_cells(runs)
         self["new_facts_aim"] = new_facts_aim_cells(runs)
         self["r2_alone"] = r2_alone_cells()
         self["counts"] = {**count_cells(self.rows), ("hours",): hours(runs)}
         self["paper"] = {keys: Cell([text], "text") for keys, (text, _) in PAPER.items()}
-        numbers, outcomes = predict_all(self)
+        self["derived"] = {(name,): Cell([number]) for name, number in
+                           derived_numbers(self).items()}
+        outcomes, self.predictions = predict_all(self)
         self.verdicts = {**judge_all(self), **outcomes}  # {name: word}
-        self["predictions"] = {(name,): Cell([number], kind)
-                               for name, (number, kind) in numbers.items()}
         for name, word in (("hold", HOLDS), ("fail", FAILS), ("open", OPEN)):
             self["counts"][name,] = Cell([list(outcomes.values()).count(word)], "count")
 
@@ -745,8 +761,6 @@ class Book(dict):
         if last not in (*FIELDS, "with_chance", "each"):
             most = words.split()
         cell = self.look(" ".join(most))
-        if not cell.values and most[0] == "predictions":
-            return f"*{OPEN}*"
         if not cell.values:
             return NOT_MEASURED if self.runs.groups.keys() & set(most) else NO_RUN
         if most == words.split():

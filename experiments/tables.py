@@ -8,7 +8,7 @@
 The words of a page stand in page.md or readme.md; the numbers come from here, in these places:
 
     {value:TABLE KEY ... [FIELD]}   a Cell of the book: "mean (least to most)", or one FIELD of it
-    {verdict:NAME}                  holds, partly, differs or open (JUDGES), fails (PREDICTIONS)
+    {verdict:NAME}                  holds, partly, differs or open (JUDGES), fails (predictions.txt)
     {exceptions} {left_out}         a table of runs; the runs that cannot be used, and why
     {when NAME: WORD ...} ... {end} lines that stand only if the verdict is one of these words
 
@@ -32,7 +32,6 @@ from analyze import short
 from data import BadInput, decode, read_bytes
 from experiments.book import (FIELDS, KEYS, NEVER, NO_CSV, NO_RUN, PAPER, RUN_COLUMNS, Book,
                               exceptions, read_runs)
-from experiments.predictions import PREDICTIONS
 from experiments.verdicts import JUDGES
 from grok import Parser, command, say, write_file
 
@@ -218,7 +217,8 @@ def all_files(root):
     paper = [[*keys, number, source] for keys, (number, source) in PAPER.items()]
     files["tables/paper.csv"] = write_csv(["runs", "measure", "number", "source"], paper)
     files["tables/verdicts.csv"] = csv_of_verdicts(book)
-    files["tables/predictions.csv"] = csv_of_predictions(book)
+    files["tables/predictions.csv"] = write_csv(
+        ["name", "prediction", "number of", "number", "rule", "level", "outcome"], book.predictions)
     return files, book
 
 
@@ -229,15 +229,6 @@ def csv_of_verdicts(book):
         words = [book.verdicts[key] for key in (name, f"{name} small", f"{name} trm")]
         rows.append([name, *words, rule])
     return write_csv(["name", "verdict", "small", "trm", "rule"], rows)
-
-
-def csv_of_predictions(book):
-    """A line a prediction: what was predicted, the number that decides, and what came out."""
-    rows = []
-    for name, (_, rule, level, text) in PREDICTIONS.items():
-        number = book.look(f"predictions {name}").mean
-        rows.append([name, text, number, rule, level, book.verdicts[name]])
-    return write_csv(["name", "prediction", "number", "rule", "level", "outcome"], rows)
 
 
 def compare(files, out):

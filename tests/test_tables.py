@@ -122,38 +122,44 @@ def write(quick, tmp_path):
 
 
 def classes_of_data(border, wrong=()):
-    """Runs of the map of plain data: a circuit from phi `border` on, but for the wrong ones."""
-    book = Stub({})
-    for phi in (3, 6, 9, 12, 18):
-        for ood in ("0.06", "0.125", "0.25"):
-            memorises = (phi < border) != ((phi, ood) in wrong)
-            is_default = (phi, ood) == (18, "0.125")
-            group = "map/hop1_0_hop2_0" if is_default else f"data/phi_{phi}_ood_{ood}"
-            kind = "memorises" if memorises else "a circuit for ID facts"
-            book.rows.append({"run": f"{group}/seed0", "class": kind})
-    return book
+    """The map of plain data: a circuit from phi `border` on, but for the wrong squares."""
+    cells = {}
+    for phi, ood in product((3, 6, 9, 12, 18), ("0.06", "0.125", "0.25")):
+        memorises = (phi < border) != ((phi, ood) in wrong)
+        cells[f"classes {phi} {ood} memorises"] = [float(memorises)]
+        cells[f"classes {phi} {ood} circuit"] = [1.0 - memorises]
+    return Stub(cells)
 
 
 @pytest.mark.parametrize("border, wrong, number", [
     (7, (), 0), (12, (), 0), (7, [(6, "0.25")], 1), (7, [(6, "0.06"), (12, "0.125")], 2)])
 def test_the_border_of_plain_data_is_fitted_on_other_cells_than_it_is_tested_on(border, wrong,
                                                                                number):
-    assert predictions.predict_data_rule(classes_of_data(border, wrong)) == (number, "count")
+    assert predictions.wrong_by_border(classes_of_data(border, wrong)) == number
 
 
 def test_one_seed_of_another_class_counts_against_its_square():
     book = classes_of_data(7)
-    assert predictions.predict_data_many(book) == (0, "count")
-    book.rows.append({"run": "data/phi_9_ood_0.25/seed1", "class": "memorises"})
-    assert predictions.predict_data_many(book) == (1, "count")
-    assert predictions.predict_data_rule(book) == (0, "count")  # it is not held out
-    book.rows.append({"run": "data/phi_12_ood_0.125/seed1", "class": "memorises"})
-    assert predictions.predict_data_rule(book) == (1, "count")
+    book.cells["classes 9 0.25 circuit"] = [1.0, 0.0]
+    assert predictions.wrong_by_border(book) == 0  # it is not held out
+    book.cells["classes 12 0.125 circuit"] = [1.0, 0.0]
+    assert predictions.wrong_by_border(book) == 1
 
 
 def test_without_a_cell_on_either_side_there_is_no_border():
     with pytest.raises(verdicts.Missing):
-        predictions.predict_data_rule(classes_of_data(3))
+        predictions.wrong_by_border(classes_of_data(3))
+
+
+def test_the_class_of_every_run_of_a_square_counts(write):
+    write_one, read_book = write
+    square = config_of(["--preset", "small", "--phi", "6", "--ood-fraction", "0.06"])
+    for seed, right in enumerate((0.75, 0.25)):
+        write_one(f"data/phi_6_ood_0.06/seed{seed}", config=square, inside=inside_of(),
+                  shares={"test_id": right, "test_ood": 0.0})
+    classes = read_book()["classes"]
+    assert classes["6", "0.06", "circuit"].values == [1.0, 0.0]
+    assert classes["6", "0.06", "for_all"].values == [0.0, 0.0]
 
 
 def test_grafts_are_counted_by_whether_the_two_seeds_differ_in_form(write):
@@ -167,7 +173,8 @@ def test_grafts_are_counted_by_whether_the_two_seeds_differ_in_form(write):
     said = [book.say(f"graft small/both_full {name}")
             for name in ("alike", "alike_follow", "parted", "parted_follow")]
     assert said == ["1", "1", "2", "1"]
-    assert predictions.predict_graft(book) == (1, "count")
+    outcomes, _ = predictions.predict_all(book)
+    assert outcomes["graft"] == "fails"
 
 
 def test_the_form_of_the_bridge_is_told_seed_by_seed(write):
@@ -614,22 +621,54 @@ def test_predictions_of_the_map_are_judged_by_their_number():
         cells[f"{place} aim"] = [hop1 + (0.25 * hop2 if hop1 == 0.5 else 0)]
         cells[f"{place} store"] = [hop2]
     book = Stub(cells)
-    outcomes = {name: predictions.PREDICTIONS[name][0](book)[0] for name in
-                ("map_aim", "map_store", "map_product", "map_nine")}
-    assert outcomes == pytest.approx({"map_aim": 0.25, "map_store": 0, "map_product": 0,
-                                      "map_nine": 0})
-    _, words = predictions.predict_all(book)
-    assert [words[name] for name in ("map_aim", "map_store", "map_product", "map_nine")] == [
-        "fails", "holds", "holds", "holds"]
-    assert words["exposed_skill"] == verdicts.judge_all(book)["fake"] == "open"
+    assert predictions.derived_numbers(book) == pytest.approx({
+        "aim_along_hop2": 0.25, "store_along_hop1": 0, "answer_above_product": 0,
+        "nine_with_less": 0})
+    outcomes, _ = predictions.predict_all(book)
+    assert outcomes["exposed_skill"] == verdicts.judge_all(book)["fake"] == "open"
 
 
-def test_a_prediction_may_be_a_place_in_the_book():
-    book = Stub({"training long/phi_6 test_id": [0.25, 0.5], "training trm/both_full test_ood":
-                 [0.97, 0.9]})
-    numbers, words = predictions.predict_all(book)
-    assert numbers["data_long"] == (0.375, "share") and words["data_long"] == "holds"
-    assert numbers["trm_answer"] == (0.9, "share") and words["trm_answer"] == "fails"
+PREDICTED = """# a heading
+more: the second is ahead of the first, and either is .5
+    at least 0.1  | training second test_id mean - training first test_id mean
+    at least 0.5  | training first test_id least
+    or at most .9 | training second test_id most
+
+other: it is not there
+    at most 0 | training third test_id mean
+"""
+
+
+@pytest.mark.parametrize("first, second, outcome", [
+    ([0.25, 0.5], [0.5, 0.75], "holds"), ([0.5, 0.75], [0.75, 1.0], "holds"),
+    ([0.25, 0.75], [0.75, 1.0], "fails"), ([0.5, 0.75], [0.5, 0.75], "fails")])
+def test_a_prediction_holds_if_all_its_comparisons_do(monkeypatch, tmp_path, first, second,
+                                                      outcome):
+    text = tmp_path / "predictions.txt"
+    text.write_text(PREDICTED)
+    monkeypatch.setattr(predictions, "TEXT", text)
+    book = Stub({"training first test_id": first, "training second test_id": second})
+    outcomes, rows = predictions.predict_all(book)
+    assert outcomes == {"more": outcome, "other": "open"}
+    gap = sum(second) / 2 - sum(first) / 2
+    assert [row[3] for row in rows] == [gap, first[0], second[1], None]
+    assert rows[2][4:] == ["or at most", 0.9, outcome]
+
+
+def test_every_prediction_can_be_judged():
+    """Its name is new, its rules are known, and its numbers have a table each."""
+    lines = predictions.TEXT.read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[0] for line in lines if line and line[0] not in "# "]
+    predicted = predictions.read_predictions("\n".join(lines))
+    assert len(names) == len(set(names)) == len(predicted)
+    for said, comparisons in predicted.values():
+        assert said and comparisons and not comparisons[0].is_alternative
+        for comparison in comparisons:
+            assert comparison.rule in ("at least", "at most")
+            for place in comparison.number.split(" - "):
+                table, *keys, field = place.split()
+                assert len(keys) == len(book_module.KEYS[table])
+                assert field in book_module.FIELDS
 
 
 def test_the_fewest_extra_compositions_for_nine_answers_in_ten():
@@ -684,8 +723,9 @@ def test_every_verdict_and_prediction_stands_in_a_csv_with_its_rule(whole):
         assert any(line.startswith(f"{name},{book.verdicts[name]},") for line in lines), name
     assert all("Holds if" in line for line in lines[1:])
     lines = files["tables/predictions.csv"].decode().splitlines()
-    assert len(lines) == 1 + len(predictions.PREDICTIONS)
-    for name in predictions.PREDICTIONS:
+    predicted = predictions.read_predictions(predictions.TEXT.read_text(encoding="utf-8"))
+    assert len(lines) == 1 + sum(len(comparisons) for _, comparisons in predicted.values())
+    for name in predicted:
         line = next(line for line in lines if line.startswith(f"{name},"))
         assert line.endswith(f",{book.verdicts[name]}"), name
 
