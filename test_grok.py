@@ -395,7 +395,9 @@ KINDS = {
     "two matrices": dict(tied=False), "copy": dict(BLANKED, copy=True),
     "paper's conditions": dict(PAPER, min_loops=4),
     "recursive": dict(PAPER, model="recursive", n_blocks=2, slots=3),
-    "recursive, other sizes": dict(PAPER, model="recursive", n_low=1, n_cycles=3)}
+    "recursive, other sizes": dict(PAPER, model="recursive", n_low=1, n_cycles=3),
+    "no residual": dict(PAPER, model="recursive", n_low=2, residual=False),
+    "one state": dict(PAPER, model="recursive", n_blocks=2, n_low=2, two_states=False)}
 every_kind = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 
 
@@ -503,22 +505,26 @@ def restated_recursive(model, tokens):
         z_low = z_low.detach()  # so that the gradient runs through the last cycle alone
         z_high = z_high.detach()
         for _ in range(config.n_low):
-            z_low = restated_pass(weights, z_low + z_high + x, config.n_blocks)
-        z_high = restated_pass(weights, z_high + z_low, config.n_blocks)
+            z_low = restated_pass(weights, z_low + z_high + x, config)
+        if config.two_states:
+            z_high = restated_pass(weights, z_high + z_low, config)
+    if not config.two_states:
+        z_high = z_low
     return z_high[:, :tokens.shape[1]] @ weights["head"].T
 
 
-def restated_pass(weights, z, n_blocks):
+def restated_pass(weights, z, config):
     """z (B, T, D) through every block: each half adds to what is there and is normed after."""
-    for number in range(n_blocks):
+    kept = 1.0 if config.residual else 0.0
+    for number in range(config.n_blocks):
         block = f"blocks.{number}."
-        z = norm(z + restated_token_mixing(z, weights[block + "mix_gate_up.weight"],
-                                           weights[block + "mix_down.weight"]))
+        z = norm(kept * z + restated_token_mixing(z, weights[block + "mix_gate_up.weight"],
+                                                  weights[block + "mix_down.weight"]))
         positions = []
         for position in range(z.shape[1]):
             value = z[:, position]
-            positions.append(norm(value + swiglu(value, weights[block + "gate_up.weight"],
-                                                 weights[block + "down.weight"])))
+            positions.append(norm(kept * value + swiglu(value, weights[block + "gate_up.weight"],
+                                                        weights[block + "down.weight"])))
         z = torch.stack(positions, dim=1)
     return z
 
@@ -1268,7 +1274,7 @@ def test_own_facts_may_come_from_a_pipe(source):
     assert is_finished("piped")
 
 
-@pytest.mark.parametrize("weights", ["fit", "end", "none"])
+@pytest.mark.parametrize("weights", ["fit", "end", "new_mlp", "none"])
 def test_a_run_starts_from_the_weights_and_world_of_another(weights, here, capsys):
     """With step size 0 it ends with the weights it began with."""
     assert grok.main([*TUNED, "--weights", weights, "--out", "new"]) == 0
@@ -1281,10 +1287,14 @@ def test_a_run_starts_from_the_weights_and_world_of_another(weights, here, capsy
     _, world, splits = load_run("run")
     check_new_facts(world, splits, config, *load_run("new")[1:])
     assert Path("new/start.pt").exists() == (weights != "none")
-    if weights == "none":
-        first = build_model(config, E, R).state_dict()
-    else:
-        first = weights_in(Path("run", f"{weights}.pt"))
+    drawn = build_model(config, E, R).state_dict()
+    first = {}
+    for name in drawn:
+        is_of_mlp = name in ("blocks.0.gate_up.weight", "blocks.0.down.weight")
+        if weights == "none" or weights == "new_mlp" and is_of_mlp:
+            first[name] = drawn[name]
+        else:
+            first[name] = weights_in(Path("run", "fit.pt" if weights == "fit" else "end.pt"))[name]
     for name, weight in weights_in(Path("new/end.pt")).items():
         torch.testing.assert_close(weight, first[name], rtol=1e-6, atol=1e-6)
     refuses([*TUNED, "--start", "new"], "start = new: has new facts already", capsys)
@@ -1408,6 +1418,8 @@ RECURSIVE = dict(PAPER, model="recursive")
     (dict(n_blocks=5), "n_blocks = 5: must lie in [1, n_loops = 4]"),
     (dict(slots=2), "slots = 2: model = looped has none"),
     (dict(n_low=3), "n_low = 3: model = looped has none"),
+    (dict(residual=False), "residual = False: model = looped has none"),
+    (dict(two_states=False), "two_states = False: model = looped has none"),
     (dict(n_cycles=3), "n_cycles = 3: model = looped has none"),
     (dict(model="recursive"), "model = recursive: needs layout = bidirectional"),
     (dict(RECURSIVE, tied=True), "model = recursive: needs layout = bidirectional"),
