@@ -657,8 +657,9 @@ class Config:
     device: str = setting("cpu", "cuda, mps or cpu", words=("cuda", "mps", "cpu"))
     facts: str = setting("", "your own facts: a file of lines head, relation, tail, tab-separated",
                          words=("", "facts.tsv", "facts.npz"))
-    weights: str = setting("", "with --start: its weights at the fit or the end, the end's with a "
-                           "new MLP, or none", words=("", "fit", "end", "new_mlp", "none"))
+    weights: str = setting("", "with --start: its weights at the fit or the end, or none",
+                           words=("", "fit", "end", "none"))
+    new_mlp: bool = setting(False, "with --start: all but its MLPs, which are drawn afresh")
 
     def __post_init__(self):
         for item in fields(self):
@@ -718,11 +719,13 @@ def check_training(config):
     is_supervised = config.hop1 > 0 or config.hop2 > 0
     is_exposed = config.exposed > 0
     is_tuning = config.new_facts > 0
+    has_start = config.weights in ("fit", "end")
     for name, is_used, need in (("k", is_supervised, "hop1 or hop2 above 0"),
                                 ("exposed_k", is_exposed, "exposed above 0"),
                                 ("kept", is_tuning, "new_facts above 0"),
                                 ("exposed", is_tuning, "new_facts above 0"),
-                                ("weights", is_tuning, "new_facts above 0")):
+                                ("weights", is_tuning, "new_facts above 0"),
+                                ("new_mlp", has_start, "weights = fit or end")):
         value = getattr(config, name)
         if value != DEFAULTS[name] and not is_used:
             raise BadInput(f"{name} = {value}: needs {need}")
@@ -928,16 +931,15 @@ def take_start(start, given):
     if config.new_facts:
         raise BadInput(f"start = {start}: has new facts already, and would get the same again")
     weights = given["weights"] or "end"
-    check_value("weights", weights, str, {"words": ("fit", "end", "new_mlp", "none")})
+    check_value("weights", weights, str, {"words": (*WEIGHTS, "none")})
     files = {}
     if config.facts:
         files[config.facts] = read_bytes(start / config.facts)
-    if weights in ("end", "new_mlp") and not is_finished(start):
+    if weights == "end" and not is_finished(start):
         raise BadInput(f"start = {start}: is not finished; --weights fit takes those at the fit")
     if weights != "none":
-        name = "fit" if weights == "fit" else "end"
-        load_run(start, name)  # what does not fit is refused before anything is written
-        files["start.pt"] = read_bytes(start / f"{name}.pt")
+        load_run(start, weights)  # what does not fit is refused before anything is written
+        files["start.pt"] = read_bytes(start / f"{weights}.pt")
     return {**asdict(config), "weights": weights}, files
 
 
@@ -1009,7 +1011,7 @@ def prepare(config, files, folder):
         write_metrics(trainer, folder)  # it may have been stopped just before
     elif (folder / "start.pt").exists():
         weights = read_checkpoint(folder / "start.pt", take_weights)
-        if config.weights == "new_mlp":
+        if config.new_mlp:
             weights.update(mlp_weights(trainer.model))  # as they were drawn for this run
         trainer.model.load_state_dict(weights)
         trainer.average.load_state_dict(weights)

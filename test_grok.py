@@ -1274,10 +1274,12 @@ def test_own_facts_may_come_from_a_pipe(source):
     assert is_finished("piped")
 
 
-@pytest.mark.parametrize("weights", ["fit", "end", "new_mlp", "none"])
-def test_a_run_starts_from_the_weights_and_world_of_another(weights, here, capsys):
+@pytest.mark.parametrize("weights, new_mlp", [("fit", False), ("end", False), ("none", False),
+                                              ("fit", True)])
+def test_a_run_starts_from_the_weights_and_world_of_another(weights, new_mlp, here, capsys):
     """With step size 0 it ends with the weights it began with."""
-    assert grok.main([*TUNED, "--weights", weights, "--out", "new"]) == 0
+    options = [*TUNED, "--weights", weights, "--new-mlp", str(new_mlp)]
+    assert grok.main([*options, "--out", "new"]) == 0
     start = read_config("run")
     config = read_config("new")
     assert (config.preset, config.weights) == ("tune", weights)
@@ -1291,10 +1293,10 @@ def test_a_run_starts_from_the_weights_and_world_of_another(weights, here, capsy
     first = {}
     for name in drawn:
         is_of_mlp = name in ("blocks.0.gate_up.weight", "blocks.0.down.weight")
-        if weights == "none" or weights == "new_mlp" and is_of_mlp:
+        if weights == "none" or new_mlp and is_of_mlp:
             first[name] = drawn[name]
         else:
-            first[name] = weights_in(Path("run", "fit.pt" if weights == "fit" else "end.pt"))[name]
+            first[name] = weights_in(Path("run", f"{weights}.pt"))[name]
     for name, weight in weights_in(Path("new/end.pt")).items():
         torch.testing.assert_close(weight, first[name], rtol=1e-6, atol=1e-6)
     refuses([*TUNED, "--start", "new"], "start = new: has new facts already", capsys)
@@ -1472,7 +1474,7 @@ def test_weights_to_start_from_are_refused_without_new_facts():
     ("--start run --phi 1", "phi = 1.0: comes from run, leave it out"),
     ("--start run --regime natural", "regime = natural: comes from run, leave it out"),
     ("--start run --facts own.npz", "facts = own.npz: comes from run, leave it out"),
-    ("--start run --weights x", "weights = x: must be one of fit, end, new_mlp, none"),
+    ("--start run --weights x", "weights = x: must be one of fit, end, none"),
     ("--start run --new-facts 999", "new_facts = 999: must lie in [0, 24]")])
 def test_what_cannot_be_used_is_said_in_one_line_and_nothing_is_written(options, said, source,
                                                                         capsys):

@@ -7,7 +7,7 @@ from matplotlib.patches import Patch, Rectangle
 from analyze import short
 from experiments.book import get, is_of_map, share_at
 from experiments.canvas import (BLUE, GREEN, GREY, INDIGO, PURPLE, SAND, SKY, WIDTH, WINE, Absent,
-                                draw_curves, label_ends, mean, mean_of, name_of, new_curves,
+                                draw_curves, mean, mean_of, name_of, name_seeds, new_curves,
                                 set_message, shares_of, show_shares, span, steps_of, tick, whole)
 from grok import first_step
 
@@ -379,57 +379,54 @@ def moment(steps):
 # ---------------------------------------------------------------- new facts
 SERVED = {"new_old": ("new fact\nas hop 1", INDIGO), "old_new": ("new fact\nas hop 2", WINE),
           "new_new": ("both new", SAND)}
-EXPOSED = {"exposed_old": ("exposed fact\nas hop 1", INDIGO),
-           "old_exposed": ("exposed fact\nas hop 2", WINE)}
+FROM_THE_END = {"the MLP as it was": {0.0: "tune/long_natural_end",
+                                      0.25: "exposed/natural_end_0.25_4",
+                                      0.5: "exposed/natural_end_0.5_4"},
+                "the MLP drawn afresh": {0.0: "tune/natural_new_mlp",
+                                         0.5: "exposed/natural_new_mlp_0.5_4"}}
 
 
 def new_facts(runs):
-    """What new facts serve for, by the share of them that was exposed."""
-    groups = {0.0: runs.group("tune/long_natural_end")}
-    for share in (0.25, 0.5, 1.0):
-        name = f"exposed/natural_end_{share:g}_4"
-        if name in runs.groups:
-            groups[share] = runs.groups[name]
-    if len(groups) == 1:
-        raise Absent("no finished run of exposed/natural_end_*_4")
-    step = groups[max(groups)][0].config.steps
-    figure, axes = new_curves(f"two-step questions answered at step {step:,}",
-                              "share of the new facts that is exposed: trained in 4 two-step "
-                              "questions a hop, too")
+    """What new facts serve for, by the share of them that was exposed, and by the MLP."""
+    panels = {}
+    for title, groups in FROM_THE_END.items():
+        there = {share: runs.groups[group] for share, group in groups.items()
+                 if group in runs.groups}
+        if there:
+            panels[title] = there
+    if len(panels) < len(FROM_THE_END):
+        raise Absent("no finished run of tune/natural_new_mlp or tune/long_natural_end")
+    figure = Figure((WIDTH, 3.9), layout="constrained")
     means = {}
-    ends = {}  # {share at which lines end: {name: (color, height)}}
-    for split, (name, color) in {**SERVED, **EXPOSED}.items():
-        means[split] = draw_exposure(axes, groups, step, split, color)
-        share = max(means[split])
-        ends.setdefault(share, {})[name] = (color, means[split][share])
-    for share, names in ends.items():
-        label_ends(axes, share + 0.015, names)
-    dot = {"marker": "o", "linestyle": ""}
-    key = {"new fact, not exposed": dot,
-           "new fact, exposed": {**dot, "markerfacecolor": "white"}}
-    for share, group in groups.items():
-        draw_r2_alone(axes, runs.measured(group, "r2_alone"), (share - 0.02, share + 0.02), key)
-    add_key(axes, key, "center right")
-    axes.set_xticks(list(groups), [tick(share) for share in groups])
-    axes.set_xlim(-0.04, max(groups) * 1.3)
-    set_message(figure, say_exposure(means))
+    for axes, (title, groups) in zip(figure.subplots(1, 2, sharey=True), panels.items()):
+        means[title] = {split: draw_exposure(axes, groups, split, color)
+                        for split, (_, color) in SERVED.items()}
+        for share, group in groups.items():
+            draw_r2_alone(axes, runs.measured(group, "r2_alone"), (share - 0.02, share + 0.02), {})
+        axes.set_title(f"{title} ({name_seeds(groups[0.0])})")
+        axes.set_xlabel("share of the new facts that is exposed")
+        axes.set_xticks(list(groups), [tick(share) for share in groups])
+        show_shares(axes)
+    figure.axes[0].set_ylabel("questions answered at step 2,000\n(small, natural, from the end)")
+    handles = [Line2D([], [], color=color, marker="o", label=name.replace("\n", " "))
+               for name, color in SERVED.values()]
+    handles.append(Line2D([], [], color="0.3", linewidth=3, label="what r2 alone gives"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    set_message(figure, say_new_facts(*means.values()))
     return figure
 
 
-def draw_exposure(axes, groups, step, split, color):
-    """A dot a seed, and a line through the means, {share exposed: mean}, which are returned."""
+def draw_exposure(axes, groups, split, color):
+    """A dot a seed of facts not exposed, and a line through the means, {share: mean}, which are
+    returned."""
     means = {}
     for share, group in groups.items():
-        values = [share_at(run, step, split) for run in group]
+        values = [share_at(run, 2000, split) for run in group]
         values = [value for value in values if value is not None]
-        if values:
-            means[share] = mean(values)
-            is_exposed = split in EXPOSED
-            x = share + 0.012 if is_exposed else share  # beside each other, where they would meet
-            axes.plot([x] * len(values), values, "o", color=color, markersize=5, alpha=0.6,
-                      markerfacecolor="white" if is_exposed else color, clip_on=False)
-    axes.plot(list(means), list(means.values()), "--" if split in EXPOSED else "-", color=color,
-              linewidth=2)
+        means[share] = mean(values)
+        axes.plot([share] * len(values), values, "o", color=color, markersize=5, alpha=0.6,
+                  clip_on=False)
+    axes.plot(list(means), list(means.values()), color=color, linewidth=2)
     return means
 
 
@@ -453,18 +450,17 @@ def add_key(axes, key, place="upper left"):
                          for text, style in key.items()], loc=place)
 
 
-def say_exposure(means):
-    """The message of `new_facts`, at the largest share that leaves others to test."""
-    share = max(means["new_new"])
-    least = min(means["new_new"])
-    gains = [means[split][share] - means[split][least] for split in ("new_old", "old_new")]
-    better = "serve better in each hop" if min(gains) >= 0.1 else "serve"
-    told = []
-    for split, hop in (("new_old", 1), ("old_new", 2)):
-        told.append(f"{short(means[split][least])} to {short(means[split][share])} as hop {hop}")
-    chained = "hardly chained" if means["new_new"][share] < 0.2 else "chained"
-    return (f"With {short(share)} of the new facts exposed, the others {better} "
-            f"({', '.join(told)}); two of them are {chained} ({short(means['new_new'][share])})")
+def say_new_facts(kept, drawn):
+    """The message of `new_facts`, from {split: {share exposed: mean}} with the MLP as it was and
+    drawn afresh: what either adds, by itself."""
+    shares = {}
+    for split in SERVED:
+        levels = (kept[split][0.0], kept[split][max(kept[split])], drawn[split][0.0])
+        shares[split] = [short(level) for level in levels]
+    alone, exposed, afresh = shares["new_old"]
+    return (f"New facts serve as hop 1 in {alone}, with half of them exposed in {exposed}, with the "
+            f"MLP drawn afresh in {afresh}; as hop 2 in {', '.join(shares['old_new'])}; two of "
+            f"them are chained in {', '.join(shares['new_new'])}")
 
 
 def tuned(runs):

@@ -109,16 +109,14 @@ def write_new_facts(root):
         curve = serves((0.2, 0.3, 0.4, 0.5), (0.6, 0.45, 0.3, 0.2), 0.06)
         write_run(root, f"tune/long_natural_end/seed{seed}", grok.Config(**small, seed=seed), curve,
                   alone)
-        for share in (0.25, 0.5, 1.0):
+        groups = {"exposed/natural_end_0.25_4": (0.25, 0.5, 0.45),
+                  "exposed/natural_end_0.5_4": (0.5, 0.6, 0.6),
+                  "tune/natural_new_mlp": (0.0, 0.9, 0.5),
+                  "exposed/natural_new_mlp_0.5_4": (0.5, 0.95, 0.7)}
+        for group, (share, first, second) in groups.items():
             config = grok.Config(**{**small, "steps": 2000}, seed=seed, exposed=share)
-
-            def exposed(i, share=share):
-                shares = {"exposed_old": 0.8, "old_exposed": 0.99}
-                if share < 1:  # else no new fact is unexposed
-                    shares.update(new_old=0.4 + 0.4 * share, old_new=0.3 + 0.6 * share, new_new=0.1)
-                return shares
-
-            write_run(root, f"exposed/natural_end_{share:g}_4/seed{seed}", config, exposed, alone)
+            write_run(root, f"{group}/seed{seed}", config,
+                      serves((first,) * 4, (second,) * 4, 0.1), alone)
 
 
 @pytest.fixture(scope="module")
@@ -289,8 +287,8 @@ def test_messages_are_those_of_the_numbers(figures):
         "questions at step 1,500; with 18 training questions a fact the fit comes at step 1,500, "
         "half of the unseen ID questions at step 1,500")
     assert said["new_facts.png"] == (
-        "With .50 of the new facts exposed, the others serve better in each hop (.30 to .60 as hop "
-        "1, .45 to .60 as hop 2); two of them are hardly chained (.10)")
+        "New facts serve as hop 1 in .30, with half of them exposed in .60, with the MLP drawn "
+        "afresh in .90; as hop 2 in .45, .60, .50; two of them are chained in .06, .10, .10")
     assert said["tuned.png"] == (
         "New facts serve at step 1,000 more as hop 2 (.60 against .20), at step 4,000 more as hop "
         "1 (.50 against .20); two of them are chained in .06 at most")
