@@ -400,11 +400,17 @@ def site_cells(runs):
     for group, members in trained_groups(runs):
         for weights in WEIGHTS:
             sites = [get(run.inside, f"{weights} site") for run in members]
-            names = Counter(name_of_site(site) for site in sites if site)
-            words = [name if len(names) == 1 else f"{name} ({n})"
-                     for name, n in names.most_common()]
-            cells[group, weights] = Cell([", ".join(words) or NOT_MEASURED], "text")
+            names = [name_of_site(site) for site in sites if site]
+            cells[group, weights] = Cell([counted(names) or NOT_MEASURED], "text")
     return cells
+
+
+def counted(words):
+    """"a (2), b (1)"; "a" alone if all are the same."""
+    counts = Counter(words)
+    if len(counts) == 1:
+        return words[0]
+    return ", ".join(f"{word} ({n})" for word, n in counts.most_common())
 
 
 def name_of_site(site):
@@ -524,9 +530,9 @@ def class_of(run):
         share = get(run.inside, f"end site {split} donor")
         redirects[split] = share is not None and share >= 0.5
     if answers["test_ood"] >= 0.5 and redirects["test_ood"]:
-        return "a circuit for all facts"
+        return "a full circuit"
     if answers["test_id"] >= 0.5 and redirects["test_id"]:
-        return "a circuit for ID facts"
+        return "an ID circuit"
     if answers["test_id"] < 0.5 and not redirects["test_id"]:
         return "memorises"
     return "between these"
@@ -538,29 +544,25 @@ def data_cells(runs):
     for group, members in runs.groups.items():
         if group.startswith("data/") or group == "map/hop1_0_hop2_0":
             config = members[0].config
-            words = []
-            for run in members:
-                word = class_of(run) if "end" in run.inside else NOT_MEASURED
-                if word not in words:
-                    words.append(word)
+            classes = [class_of(run) if "end" in run.inside else NOT_MEASURED for run in members]
             shares = last_shares(members)
             id_share = shares["test_id"].show(shares["test_id"].mean)
             ood_share = shares["test_ood"].show(shares["test_ood"].mean)
-            said = f"{', '.join(words)} ({id_share}, {ood_share})"
+            said = f"{counted(classes)}: {id_share}, {ood_share}"
             cells[f"{config.phi:g}", f"{config.ood_fraction:g}"] = Cell([said], "text")
     return cells
 
 
 def class_cells(runs):
     """{(phi, share of OOD facts, class): Cell} of the same map: 1 for a run of the class, else 0."""
-    begins = {"memorises": "memorises", "circuit": "a circuit", "for_all": "a circuit for all"}
+    parts = {"memorises": "memorises", "circuit": "circuit", "for_all": "full circuit"}
     cells = {}
     for group, members in runs.groups.items():
         if group.startswith("data/") or group == "map/hop1_0_hop2_0":
             config = members[0].config
             words = [class_of(run) for run in members if "end" in run.inside]
-            for name, first in begins.items():
-                belongs = [float(word.startswith(first)) for word in words]
+            for name, part in parts.items():
+                belongs = [float(part in word) for word in words]
                 cells[f"{config.phi:g}", f"{config.ood_fraction:g}", name] = Cell(belongs)
     return cells
 

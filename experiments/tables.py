@@ -2,7 +2,6 @@
 
     python -m experiments.tables              writes README.md and tables/*.csv into runs/shipped
     python -m experiments.tables --check      says whether they are what the runs there give
-    python -m experiments.tables --verdicts   prints the table of verdicts alone
     python -m experiments.tables --readme     writes README.md of the project, from readme.md
 
 The words of a page stand in page.md or readme.md; the numbers come from here, in these places:
@@ -242,18 +241,6 @@ def compare(files, out):
                        "python -m experiments.tables")
 
 
-def verdict_table(page):
-    """The lines of README's table of verdicts."""
-    lines = page.splitlines()
-    first = next(number for number, line in enumerate(lines) if line.startswith("| claim |"))
-    rows = []
-    for line in lines[first:]:
-        if not line.startswith("|"):
-            break
-        rows.append(line)
-    return "\n".join(rows)
-
-
 def name_the_rest(book):
     """One line on stderr for the runs that cannot be used, one for groups that no table uses."""
     if book.runs.left_out:
@@ -272,7 +259,6 @@ def parse(argv=None):
                         help="the folder of the runs (runs/shipped)")
     parser.add_argument("-o", "--out", type=Path, metavar="FOLDER", help="write there (ROOT)")
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
-    parser.add_argument("--verdicts", action="store_true", help="print the table of verdicts alone")
     parser.add_argument("--readme", action="store_true", help="write the README of the project")
     return parser.parse_args(argv)
 
@@ -284,9 +270,7 @@ def main(argv=None):
     files, book = all_files(args.root)
     out = args.out or args.root
     name_the_rest(book)
-    if args.verdicts:
-        say(verdict_table(readme(book)))
-    elif args.readme:
+    if args.readme:
         write_file(HERE.parent / "README.md", readme(book).encode())
     elif args.check:
         compare(files, out)

@@ -71,8 +71,8 @@ CLAIMS = [  # group, stage, number, least, most
     # Plain data: few training questions a fact make it memorise, whatever the share of OOD facts.
     ("data/phi_6_ood_0.06", "end", "accuracy test_id", 0, 0.3),
     ("data/phi_6_ood_0.25", "end", "accuracy test_id", 0, 0.3),
-    ("data/phi_9_ood_0.06", "end", "accuracy test_id", 0.9, 1),
-    ("data/phi_9_ood_0.25", "end", "accuracy test_id", 0.9, 1),
+    ("data/phi_12_ood_0.06", "end", "accuracy test_id", 0.9, 1),
+    ("data/phi_12_ood_0.25", "end", "accuracy test_id", 0.9, 1),
     # New facts serve hop by hop, hardly ever both.
     ("tune/small_natural_end", "end", "accuracy new_new", 0, 0.3),
     ("tune/small_both_full_end", "end", "accuracy new_new", 0, 0.3)]
@@ -80,7 +80,6 @@ LATER = [  # group, and: the OOD answer reaches `level` at least `times` as late
     ("tiny/natural", 0.5, 1.4), ("tiny/natural", 0.9, 3), ("small/second_full", 0.5, 1)]
 MORE = [  # group, and: at the end the first number exceeds the second
     ("tune/long_natural_end", "accuracy new_old", "accuracy old_new"),
-    ("tune/long_natural_fit", "accuracy new_old", "accuracy old_new"),
     ("trm/second_full", "aim test_ood own_code", "aim test_ood nearest_right"),
     ("small/natural", "aim test_ood own_code", "aim test_ood as_is"),
     ("small/natural", "aim test_ood snapped", "aim test_ood as_is")]

@@ -472,8 +472,8 @@ def test_r2_alone_in_a_small_world_is_counted_by_hand():
 @pytest.mark.parametrize("shares, donors, kind", [
     ({"train_inferred": 0.5}, (1, 1), "does not fit"),
     ({"test_id": 0.25, "test_ood": 0.0}, (None, None), "memorises"),
-    ({"test_id": 0.75, "test_ood": 0.25}, (0.5, None), "a circuit for ID facts"),
-    ({"test_id": 0.75, "test_ood": 0.5}, (0.75, 0.5), "a circuit for all facts"),
+    ({"test_id": 0.75, "test_ood": 0.25}, (0.5, None), "an ID circuit"),
+    ({"test_id": 0.75, "test_ood": 0.5}, (0.75, 0.5), "a full circuit"),
     ({"test_id": 0.75, "test_ood": 0.25}, (0.25, None), "between these")])
 def test_plain_data_are_classified_by_a_swap(write, shares, donors, kind):
     write_one, read_book = write
@@ -702,17 +702,6 @@ def test_check_names_what_is_out_of_date(write, tmp_path, capsys):
     for name in ("tables/map.csv", "tables/older.csv", "tables/training.csv"):
         assert name in error
     assert (root / "README.md").read_bytes() == before
-
-
-def test_the_verdicts_alone_are_printed_as_markdown(write, tmp_path, capsys):
-    write_one, _ = write
-    write_one("small/natural/seed0")
-    root = tmp_path / "root"
-    assert tables.main(["--root", str(root), "--verdicts"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("| claim |") and len(said.splitlines()) == 10
-    assert not (root / "README.md").exists()
-    assert said in tables.readme(Book(read_runs(root)))
 
 
 def test_every_verdict_and_prediction_stands_in_a_csv_with_its_rule(whole):
