@@ -57,18 +57,21 @@ def number_of(book, words):
 
 
 def judge(comparisons, numbers):
-    """HOLDS, FAILS, or OPEN where one of the numbers is not there."""
-    if None in numbers:
-        return OPEN
+    """HOLDS; FAILS if one comparison does; OPEN if none does and a number is not there."""
     results = []
     for comparison, number in zip(comparisons, numbers):
-        is_so = number <= comparison.level
-        if comparison.rule == "at least":
-            is_so = number >= comparison.level
+        is_so = None
+        if number is not None:
+            is_so = number <= comparison.level
+            if comparison.rule == "at least":
+                is_so = number >= comparison.level
         if comparison.is_alternative:
-            is_so = results.pop() or is_so
+            above = results.pop()
+            is_so = above or (None if above is None and is_so is False else is_so)
         results.append(is_so)
-    return HOLDS if all(results) else FAILS
+    if False in results:
+        return FAILS
+    return OPEN if None in results else HOLDS
 
 
 def predict_all(book):
