@@ -66,8 +66,8 @@ def judge(comparisons, numbers):
             if comparison.rule == "at least":
                 is_so = number >= comparison.level
         if comparison.is_alternative:
-            above = results.pop()
-            is_so = above or (None if above is None and is_so is False else is_so)
+            either = (results.pop(), is_so)
+            is_so = True in either or (None if None in either else False)
         results.append(is_so)
     if False in results:
         return FAILS

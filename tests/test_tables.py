@@ -655,6 +655,16 @@ def test_a_prediction_holds_if_all_its_comparisons_do(monkeypatch, tmp_path, fir
     assert rows[2][4:] == ["or at most", 0.9, outcome]
 
 
+@pytest.mark.parametrize("numbers, outcome", [
+    ((0.5, None, None), "open"), ((0.25, None, None), "fails"), ((0.5, None, 0.25), "holds"),
+    ((0.5, 0.25, None), "open"), ((0.5, 0.25, 0.5), "fails"), ((None, 0.5, 0.5), "open")])
+def test_a_prediction_is_open_only_if_what_is_missing_could_decide(numbers, outcome):
+    comparisons = [predictions.Comparison(False, "at least", 0.5, "a"),
+                   predictions.Comparison(False, "at least", 0.5, "b"),
+                   predictions.Comparison(True, "at most", 0.25, "c")]
+    assert predictions.judge(comparisons, numbers) == outcome
+
+
 def test_every_prediction_can_be_judged():
     """Its name is new, its rules are known, and its numbers have a table each."""
     lines = predictions.TEXT.read_text(encoding="utf-8").splitlines()
