@@ -68,6 +68,10 @@ CLAIMS = [  # group, stage, number, least, most
     # Neither depth nor the second block makes the recursion wait.
     ("dial/trm_like_small_second_full", "end", "accuracy test_ood", 0, 0.4),
     ("dial/two_blocks", "end", "accuracy test_ood", 0.5, 1),
+    # The second state does; a new MLP lets hop 1 aim at new facts.
+    ("dial/trm_one_state_second_full", "end", "accuracy test_ood", 0.35, 1),
+    ("tune/natural_new_mlp", "end", "aim new_old nearest_right", 0.5, 1),
+    ("tune/small_natural_end", "end", "aim new_old nearest_right", 0, 0.4),
     # Plain data: few training questions a fact make it memorise, whatever the share of OOD facts.
     ("data/phi_6_ood_0.06", "end", "accuracy test_id", 0, 0.3),
     ("data/phi_6_ood_0.25", "end", "accuracy test_id", 0, 0.3),
