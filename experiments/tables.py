@@ -35,7 +35,7 @@ from experiments.verdicts import JUDGES
 from grok import Parser, command, say, write_file
 
 
-IN_CSV = ("map/", "data/", "exposed/", "search/", "dial/trm", "tune/worlds",
+IN_CSV = ("map/", "data/", "exposed/", "search/", "dial/trm", "tune/trm", "tune/worlds",
           "worlds/second_full", "small/both_half")  # groups of which the page shows a selection
 
 

@@ -68,6 +68,8 @@ CLAIMS = [  # group, stage, number, least, most
     # Neither depth nor the second block makes the recursion wait.
     ("dial/trm_like_small_second_full", "end", "accuracy test_ood", 0, 0.4),
     ("dial/two_blocks", "end", "accuracy test_ood", 0.5, 1),
+    ("long/trm_natural", "end", "aim test_ood own_code", 0.7, 1),
+    ("long/trm_natural", "end", "aim test_ood nearest_right", 0, 0.2),
     # The second state does; a new MLP lets hop 1 aim at new facts.
     ("dial/trm_one_state_second_full", "end", "accuracy test_ood", 0.35, 1),
     ("tune/natural_new_mlp", "end", "aim new_old nearest_right", 0.5, 1),
