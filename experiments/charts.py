@@ -206,11 +206,11 @@ def seen_used(runs):
     axes = figure.subplots()
     draw_points(axes, points)
     figure.legend(loc="outside lower center", ncols=3, title="one point a run")
-    for used, name in sorted((point["used"], name) for name, point in points.items())[:4]:
-        seen = points[name]["seen"]
+    lowest = sorted((point["used"], name) for name, point in points.items())[:2]
+    for (used, name), place in zip(lowest, ("top", "bottom")):
+        end = max(points[name]["seen"], points[name]["seen_chance"])
         if used < 0.8:  # the exceptions have names
-            axes.text(seen, used - 0.02, name, fontsize=8, va="top",
-                      ha="left" if seen < 0.5 else "right")
+            axes.text(end + 0.012, used, name, fontsize=8, va=place)
     show_shares(axes, "x")
     show_shares(axes)
     axes.set_xlabel("seen: share of OOD bridges that the paper's lens shows, at any place")
