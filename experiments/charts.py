@@ -390,12 +390,7 @@ def new_facts(runs):
     """What new facts serve for, by the share of them that was exposed, and by the MLP."""
     panels = {}
     for title, groups in FROM_THE_END.items():
-        there = {share: runs.groups[group] for share, group in groups.items()
-                 if group in runs.groups}
-        if there:
-            panels[title] = there
-    if len(panels) < len(FROM_THE_END):
-        raise Absent("no finished run of tune/natural_new_mlp or tune/long_natural_end")
+        panels[title] = {share: runs.group(group) for share, group in groups.items()}
     figure = Figure((WIDTH, 3.9), layout="constrained")
     means = {}
     for axes, (title, groups) in zip(figure.subplots(1, 2, sharey=True), panels.items()):
