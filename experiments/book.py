@@ -59,6 +59,8 @@ class Run:
     inside: dict    # inside.json, see experiments/measure.py; {} if it was not measured
     film: list      # film.json; [] if it was not filmed
     grafts: list    # graft.json, see experiments/graft.py; [] if there was none
+    grokfast: dict  # grokfast.json, see experiments/grokfast.py; {} if there was none
+    together: list  # together.json, see experiments/together.py; [] if there was none
 
 
 @dataclass
@@ -100,13 +102,15 @@ def group_of(name):
 def read_one(folder, name):
     """The Run in a folder."""
     config, history = read_run(folder)
-    inside = read_json(folder / "inside.json", dict)
-    film = read_json(folder / "film.json", list)
-    grafts = read_json(folder / "graft.json", list)
-    return Run(name, folder, config, history, inside, film, grafts)
+    return Run(name, folder, config, history,
+               inside=read_json(folder / "inside.json", dict),
+               film=read_json(folder / "film.json", list),
+               grafts=read_json(folder / "graft.json", list),
+               grokfast=read_json(folder / "grokfast.json", dict),
+               together=read_json(folder / "together.json", list))
 
 
-def read_json(path, kind=dict):
+def read_json(path, kind):
     """The dict or list in a file; an empty one if there is no file."""
     if not path.exists():
         return kind()
@@ -464,6 +468,17 @@ def graft_cells(runs):
     return cells
 
 
+def grokfast_cells(runs):
+    """{(group, measure): Cell}: the runs trained anew with their slow gradients amplified."""
+    cells = {}
+    for group, members in trained_groups(runs):
+        lines = [run.grokfast for run in members if run.grokfast]
+        for name, kind in (("fit", "steps"), ("nine_in_ten", "steps"), ("answer", "share")):
+            if lines:
+                cells[group, name] = Cell([line[name] for line in lines], kind)
+    return cells
+
+
 MAP_CORNERS = ("small/first_full", "small/second_full", "small/both_full")
 
 
@@ -538,18 +553,25 @@ def class_of(run):
     return "between these"
 
 
-def data_cells(runs):
-    """{(phi, share of OOD facts): Cell}: the map of plain data, its classes in words."""
-    cells = {}
+def squares_of_data(runs):
+    """(phi, share of OOD facts, the class of each run that was looked into, its runs) for every
+    square of the map of plain data."""
     for group, members in runs.groups.items():
         if group.startswith("data/") or group == "map/hop1_0_hop2_0":
             config = members[0].config
-            classes = [class_of(run) if "end" in run.inside else NOT_MEASURED for run in members]
-            shares = last_shares(members)
-            id_share = shares["test_id"].show(shares["test_id"].mean)
-            ood_share = shares["test_ood"].show(shares["test_ood"].mean)
-            said = f"{counted(classes)}: {id_share}, {ood_share}"
-            cells[f"{config.phi:g}", f"{config.ood_fraction:g}"] = Cell([said], "text")
+            classes = [class_of(run) for run in members if "end" in run.inside]
+            yield f"{config.phi:g}", f"{config.ood_fraction:g}", classes, members
+
+
+def data_cells(runs):
+    """{(phi, share of OOD facts): Cell}: the map of plain data, its classes in words."""
+    cells = {}
+    for phi, ood, classes, members in squares_of_data(runs):
+        shares = last_shares(members)
+        id_share = shares["test_id"].show(shares["test_id"].mean)
+        ood_share = shares["test_ood"].show(shares["test_ood"].mean)
+        said = f"{counted(classes) or NOT_MEASURED}: {id_share}, {ood_share}"
+        cells[phi, ood] = Cell([said], "text")
     return cells
 
 
@@ -557,13 +579,9 @@ def class_cells(runs):
     """{(phi, share of OOD facts, class): Cell} of the same map: 1 for a run of the class, else 0."""
     parts = {"memorises": "memorises", "circuit": "circuit", "for_all": "full circuit"}
     cells = {}
-    for group, members in runs.groups.items():
-        if group.startswith("data/") or group == "map/hop1_0_hop2_0":
-            config = members[0].config
-            words = [class_of(run) for run in members if "end" in run.inside]
-            for name, part in parts.items():
-                belongs = [float(part in word) for word in words]
-                cells[f"{config.phi:g}", f"{config.ood_fraction:g}", name] = Cell(belongs)
+    for phi, ood, classes, _ in squares_of_data(runs):
+        for name, part in parts.items():
+            cells[phi, ood, name] = Cell([float(part in word) for word in classes])
     return cells
 
 
@@ -644,7 +662,8 @@ RUN_COLUMNS = {  # column: path in inside.json at the end, OOD questions
 
 
 def rows_of_runs(runs):
-    """One dict a run that was looked into: its name, preset and the RUN_COLUMNS."""
+    """One dict a run that was looked into: its name, preset, the RUN_COLUMNS, what four sites
+    together redirect (None if that was not tried), its class."""
     rows = []
     for _, members in trained_groups(runs):
         for run in members:
@@ -652,6 +671,7 @@ def rows_of_runs(runs):
                 row = {"run": run.name, "preset": run.config.preset}
                 for column, path in RUN_COLUMNS.items():
                     row[column] = get(run.inside["end"], path)
+                row["together"] = run.together[-1]["mixed_donors"] if run.together else None
                 row["class"] = class_of(run)
                 rows.append(row)
     return rows
@@ -703,8 +723,8 @@ KEYS = {"training": ("runs", "measure"), "compositions": ("runs", "measure"),
         "new_facts_aim": ("runs", "questions", "measure"), "r2_alone": ("world", "measure"),
         "counts": ("measure",), "derived": ("measure",), "needed": ("hops", "measure"),
         "site": ("runs", "weights"), "form": ("runs",),
-        "graft": ("runs", "measure"), "data": ("phi", "ood_fraction"),
-        "classes": ("phi", "ood_fraction", "class"), "paper": ("runs", "measure")}
+        "graft": ("runs", "measure"), "grokfast": ("runs", "measure"),
+        "data": ("phi", "ood_fraction"), "classes": ("phi", "ood_fraction", "class"), "paper": ("runs", "measure")}
 # of words, or with a file of its own
 NO_CSV = ("needed", "site", "form", "graft", "data", "classes", "paper", "derived")
 FIELDS = ("mean", "least", "most", "n", "chance", "seeds", "without")
@@ -726,6 +746,7 @@ class Book(dict):
         self["site"] = site_cells(runs)
         self["form"] = form_cells(runs)
         self["graft"] = graft_cells(runs)
+        self["grokfast"] = grokfast_cells(runs)
         self["map"] = map_cells(runs, self["compositions"])
         self["needed"] = needed_cells(self["map"])
         self["data"] = data_cells(runs)

@@ -35,7 +35,7 @@ from experiments.verdicts import JUDGES
 from grok import Parser, command, say, write_file
 
 
-IN_CSV = ("map/", "data/", "exposed/", "search/", "dial/trm", "tune/trm", "tune/worlds",
+IN_CSV = ("map/", "data/", "exposed/", "search/", "dial/", "tune/trm", "tune/worlds",
           "worlds/second_full", "small/both_half")  # groups of which the page shows a selection
 
 
@@ -160,10 +160,10 @@ def exceptions_table(book, most=8):
     rows = exceptions(book.rows)
     if not rows:
         return "*There is none.*"
-    lines = ["| run | answers | a donor redirects | its code redirects |",
-             "| --- | --- | --- | --- |"]
+    lines = ["| run | answers | a donor redirects | its code redirects | four sites together |",
+             "| --- | --- | --- | --- | --- |"]
     for row in rows[:most]:
-        shown = [short(row[name]) for name in ("answer", "donor", "code")]
+        shown = [short(row[name]) for name in ("answer", "donor", "code", "together")]
         lines.append(f"| `{row['run']}` | {' | '.join(shown)} |")
     if len(rows) > most:
         lines += ["", "*More of them are in tables/runs.csv.*"]
@@ -208,7 +208,7 @@ def all_files(root):
     for table in KEYS:
         if table not in NO_CSV:
             files[f"tables/{table}.csv"] = csv_of_cells(book, table)
-    columns = ["run", "preset", *RUN_COLUMNS, "class"]
+    columns = ["run", "preset", *RUN_COLUMNS, "together", "class"]
     rows = []
     for row in book.rows:
         rows.append([row[column] for column in columns])

@@ -83,7 +83,7 @@ def inside_of(**given):
 
 
 def write_run(root, name, config=None, shares=None, inside=None, film=None, steps=None,
-              grafts=None):
+              grafts=None, grokfast=None, together=None):
     """A run folder of metrics and measurements; returns its Config."""
     folder = root / name
     folder.mkdir(parents=True)
@@ -92,7 +92,8 @@ def write_run(root, name, config=None, shares=None, inside=None, film=None, step
     (folder / "config.json").write_text(json.dumps(asdict(config)))
     lines = [json.dumps(line) + "\n" for line in history_of(config, shares, steps)]
     (folder / "metrics.jsonl").write_text("".join(lines))
-    for file, content in (("inside.json", inside), ("film.json", film), ("graft.json", grafts)):
+    for file, content in (("inside.json", inside), ("film.json", film), ("graft.json", grafts),
+                          ("grokfast.json", grokfast), ("together.json", together)):
         if content is not None:
             (folder / file).write_text(json.dumps(content))
     return config
@@ -175,6 +176,18 @@ def test_grafts_are_counted_by_whether_the_two_seeds_differ_in_form(write):
     assert said == ["1", "1", "2", "1"]
     outcomes, _ = predictions.predict_all(book)
     assert outcomes["graft"] == "fails"
+
+
+def test_runs_with_amplified_gradients_are_told_beside_those_without(write):
+    write_one, read_book = write
+    for seed, step in enumerate((2500, None)):
+        write_one(f"search/one/seed{seed}",
+                  grokfast={"fit": 700, "nine_in_ten": step, "answer": 0.5})
+    write_one("search/other/seed0")
+    book = read_book()
+    assert book.say("grokfast search/one nine_in_ten") == "2,500 (1 never)"
+    assert book.say("grokfast search/one answer") == ".50"
+    assert ("search/other", "fit") not in book["grokfast"]
 
 
 def test_the_form_of_the_bridge_is_told_seed_by_seed(write):
