@@ -138,6 +138,15 @@ def sites_of_trm(book):
     return len(sites)
 
 
+def dials_not_redirected(book):
+    """In how many runs of two dials that answer half a donor redirects less than .8."""
+    rows = [row for row in book.rows
+            if row["run"].startswith(("dial/answer_only/", "dial/attention/"))]
+    if not rows:
+        raise Missing("dial/answer_only")
+    return len([row for row in rows if row["answer"] >= 0.5 and row["donor"] < 0.8])
+
+
 PHIS = (3, 6, 9, 12, 18)
 OOD_SHARES = (0.06, 0.125, 0.25)
 HELD_OUT = ((6, 0.06), (6, 0.25), (9, 0.125), (12, 0.125))  # squares that test the rule
@@ -165,7 +174,7 @@ def all_are(book, phi, ood, name):
 
 
 DERIVED = (aim_along_hop2, store_along_hop1, answer_above_product, nine_with_less, sites_of_trm,
-           wrong_by_border)
+           dials_not_redirected, wrong_by_border)
 
 
 def derived_numbers(book):

@@ -1,7 +1,6 @@
 """What experiments/together.py promises: `pytest tests/test_together.py`."""
 import json
 
-import numpy as np
 import pytest
 
 import grok
