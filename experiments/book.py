@@ -678,7 +678,8 @@ def rows_of_runs(runs):
 
 
 def count_cells(rows):
-    """{(what,): Cell} of how many runs were opened, answer half, are redirected, are not seen."""
+    """{(what,): Cell} of how many runs were opened, answer half, are redirected by a donor, else by
+    codes, or by neither, and of how many of them the lens sees less than half."""
     half = answering_half(rows)
     sizes = {"opened": len(rows), "half": len(half), "used": 0, "coded": 0, "unseen": 0}
     for row in half:
@@ -688,6 +689,7 @@ def count_cells(rows):
             sizes["coded"] += 1
         if row["seen"] is not None and row["seen"] < 0.5:
             sizes["unseen"] += 1
+    sizes["unexplained"] = len(exceptions(rows))
     return {(name,): Cell([size], "count") for name, size in sizes.items()}
 
 

@@ -118,8 +118,11 @@ def say_gains(group, aims):
         after = [aim[key] for aim in aims["end"]]
         n_gain = sum(high - low >= 0.1 for low, high in zip(before, after))
         does = f"{verb}s" if n_gain else f"does not {verb}"
-        seeds = f" in {n_gain} of {len(after)} seeds" if 0 < n_gain < len(after) else ""
-        told.append(f"{does} {hop}{seeds} ({short(mean(before))} to {short(mean(after))})")
+        said = f"{short(mean(before))} to {short(mean(after))}"
+        if 0 < n_gain < len(after):
+            each = ", ".join(short(value) for value in after)
+            said = f"in {n_gain} of {len(after)} seeds: {each}"
+        told.append(f"{does} {hop} ({said})")
     name = group.replace("/", ", ").replace("_", " ")
     return f"{name}: after the fit it {' and '.join(told)}"
 
@@ -147,8 +150,8 @@ def film(runs):
     aim = np.mean(aims, axis=0)[at_fit:]
     answer = np.mean(answers, axis=0)[at_fit:]
     below = (answer <= np.minimum(store, aim) + 0.02).all()
-    set_message(figure, f"After the fit hop 2 gets stored ({rise(store)}) and hop 1 aimed "
-                f"({rise(aim)}); the answers {'stay below both' if below else 'go'} "
+    set_message(figure, f"From step {steps[at_fit]:,} on, when every seed is fitted, hop 2 gets "
+                f"stored ({rise(store)}) and hop 1 aimed ({rise(aim)}); the answers {'stay below both' if below else 'go'} "
                 f"({rise(answer)})")
     return figure
 
@@ -206,11 +209,6 @@ def seen_used(runs):
     axes = figure.subplots()
     draw_points(axes, points)
     figure.legend(loc="outside lower center", ncols=3, title="one point a run")
-    lowest = sorted((point["used"], name) for name, point in points.items())[:2]
-    for (used, name), place in zip(lowest, ("top", "bottom")):
-        end = max(points[name]["seen"], points[name]["seen_chance"])
-        if used < 0.8:  # the exceptions have names
-            axes.text(end + 0.012, used, name, fontsize=8, va=place)
     show_shares(axes, "x")
     show_shares(axes)
     axes.set_xlabel("seen: share of OOD bridges that the paper's lens shows, at any place")
