@@ -36,8 +36,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from data import BadInput, regime_name
-from grok import (PARTS, WEIGHTS, Parser, command, lens_rates, load_run, read_run, run_values,
-                  say, to_tokens, write_file)
+from grok import (LENGTH, PARTS, WEIGHTS, Parser, command, lens_rates, load_run, read_run,
+                  run_values, say, to_tokens, write_file)
 
 POSITIONS = ("h", "r1", "r2", "answer")  # scratch slots come after these
 EXAMINED = {"test_id": "ID", "test_ood": "OOD"}
@@ -301,7 +301,10 @@ def mixed_donors(world, clean, pool, rng):
 
     clean, first, predicted = other_r2(world, clean, pool, rng)
     rows, donor_rows = draw_donors(first, pool, allowed, rng)
-    return clean.take(rows), first.take(rows), pool.take(donor_rows), predicted[rows]
+    second = pool.take(donor_rows)
+    differs = second.t != predicted[rows]  # one that carries its answer redirects nothing
+    rows = rows[differs]
+    return clean.take(rows), first.take(rows), second.take(differs), predicted[rows]
 
 
 def donor_map(model, world, clean, donor, predicted):
@@ -357,7 +360,7 @@ def bridge_site(model, world, pool, used, scoring, code):
 def shares_of_candidates(model, world, pool, used):
     """{sites: share redirected}: every site alone and, if none redirects half of the answers, sets
     of sites together. In the recursive model these are the same block, part and position in the
-    last two passes, or in the last three: along the residual connection a bridge can arrive in
+    last two passes, or in the last three, as far as there are so many: along the residual connection a bridge can arrive in
     instalments."""
     n_loops, T = used["redirected"]["state"].shape
     shares = {}
@@ -370,9 +373,11 @@ def shares_of_candidates(model, world, pool, used):
     theirs = values_of(model, to_tokens(donor, world, model.config.layout)[0])
     n_blocks = model.config.n_blocks
     for n_passes, block in product((2, 3), range(n_blocks)):
+        if n_passes * n_blocks > n_loops:
+            continue
         loops = range(n_loops - n_passes * n_blocks + block, n_loops, n_blocks)
         for part, position in product(PARTS, range(T)):
-            sites = tuple((loop, part, position) for loop in loops if loop >= 0)
+            sites = tuple((loop, part, position) for loop in loops)
             put = take_sites(theirs, sites)
             shares[sites] = share_becoming(predicted, model, world, clean, put)
     return shares
@@ -392,26 +397,12 @@ def score_sites(model, world, queries, sites, code, n=500):
                                            state of a donor with the same r2, another bridge}
     """
     rng = np.random.default_rng(0)
-    n_tried = n if sites else 0
-    n_parted = n if len(sites) > 1 else 0  # one site cannot be parted
-    tried = queries.take(slice(n_tried))
-    result = score_other_r2(model, world, tried, queries, sites, code, rng)
-    clean, donor, _ = same_bridge(tried, queries, rng)
-    put = values_at(model, world, donor, sites)
-    result["n_same_bridge"] = len(clean.h)
-    result["same_bridge"] = share_becoming(clean.t, model, world, clean, put)
-    parted = tried.take(slice(n_parted))
-    clean, first, second, predicted = mixed_donors(world, parted, queries, rng)
-    # the first site gets the first donor's value, the others get the second's
-    put = values_at(model, world, first, sites[:1])
-    put.update(values_at(model, world, second, sites[1:]))
-    result["n_mixed_donors"] = len(clean.h)
-    result["mixed_donors"] = share_becoming(predicted, model, world, clean, put)
-    clean, donor, _ = swap(tried, queries, rng)
-    put = values_at(model, world, donor, other_positions(sites, code["state"].shape[2]))
-    result["n_others_swapped"] = len(clean.h)
-    result["others_swapped"] = share_becoming(clean.t, model, world, clean, put)
-    return result
+    tried = queries.take(slice(n if sites else 0))
+    parted = tried if len(sites) > 1 else queries.take([])  # one site cannot be parted
+    return {**score_other_r2(model, world, tried, queries, sites, code, rng),
+            **score_same_bridge(model, world, tried, queries, sites, rng),
+            **score_mixed_donors(model, world, parted, queries, sites, rng),
+            **score_others_swapped(model, world, tried, queries, sites, rng)}
 
 
 def score_other_r2(model, world, tried, pool, sites, code, rng):
@@ -427,6 +418,37 @@ def score_other_r2(model, world, tried, pool, sites, code, rng):
                       ("noise", random)):
         result[name] = share_becoming(predicted, model, world, clean, put)
     return result
+
+
+def score_same_bridge(model, world, tried, pool, sites, rng):
+    """The part of `score_sites` that rests on donors of the same bridge."""
+    clean, donor, _ = same_bridge(tried, pool, rng)
+    put = values_at(model, world, donor, sites)
+    return {"n_same_bridge": len(clean.h),
+            "same_bridge": share_becoming(clean.t, model, world, clean, put)}
+
+
+def score_mixed_donors(model, world, tried, pool, sites, rng):
+    """The part of `score_sites` in which the first site gets one donor's value, the others get
+    another's."""
+    clean, first, second, predicted = mixed_donors(world, tried, pool, rng)
+    put = values_at(model, world, first, sites[:1])
+    put.update(values_at(model, world, second, sites[1:]))
+    return {"n_mixed_donors": len(clean.h),
+            "mixed_donors": share_becoming(predicted, model, world, clean, put)}
+
+
+def score_others_swapped(model, world, tried, pool, sites, rng):
+    """The part of `score_sites` in which all but the sites is swapped."""
+    clean, donor, _ = swap(tried, pool, rng)
+    put = values_at(model, world, donor, other_positions(sites, n_positions(model)))
+    return {"n_others_swapped": len(clean.h),
+            "others_swapped": share_becoming(clean.t, model, world, clean, put)}
+
+
+def n_positions(model):
+    """T, scratch slots included."""
+    return LENGTH[model.config.layout] + model.config.slots
 
 
 def exchange_codes(model, world, clean, donor, sites, code):
@@ -560,28 +582,33 @@ def report(measured, split):
     """What `inference_path` measured in one split at one stage, a sentence a finding."""
     lens = measured[split]["seen"]
     probe = measured[split]["present"]
-    site = measured["site"]
-    swaps = site[split]
-    aim = measured["aim"][split]
     probe_rates = [probe[part]["best"] for part in PARTS if probe[part]["best"] is not None]
-    swapping = "Swapping the value at its site"
-    if site["where"] == "spread":
-        swapping = "No one place holds the bridge; swapping the value at the best one"
-    swap_sentence = "No swap was measured (0 queries)."
-    if swaps["n"]:
-        swap_sentence = (f"{swapping} ({site['name']}) for a donor's redirects "
-                         f"{short(swaps['donor'])} (n = {swaps['n']}); swapping all else there "
-                         f"keeps {short(swaps['others_swapped'])}.")
-    aim_sentence = "Aim and store were not measured (0 queries)."
-    if aim["n"]:
-        aim_sentence = (f"There, hop 1 aims right in {short(aim['nearest_right'])}: the nearest "
-                        f"code is the bridge's. Hop 2 answers {short(aim['own_code'])} from the "
-                        f"right code, {short(aim['snapped'])} from the nearest, "
-                        f"{short(aim['as_is'])} from the value as it is (n = {aim['n']}).")
     return [f"The lens sees the bridge in {short(lens['paper']['any'])} of the {EXAMINED[split]} "
             f"queries (chance {short(lens['paper']['any_chance'])}, n = {lens['n']}).",
             f"A probe reads it in {short(max(probe_rates, default=None))}.",
-            swap_sentence, aim_sentence]
+            tell_swap(measured["site"], split), tell_aim(measured["aim"][split])]
+
+
+def tell_swap(site, split):
+    """What a swap does at the site of the bridge, in a sentence."""
+    swaps = site[split]
+    if swaps["n"] == 0:
+        return "No swap was measured (0 queries)."
+    swapping = "Swapping the value at its site"
+    if site["where"] == "spread":
+        swapping = "No one place holds the bridge; swapping the value at the best one"
+    return (f"{swapping} ({site['name']}) for a donor's redirects {short(swaps['donor'])} "
+            f"(n = {swaps['n']}); swapping all else there keeps {short(swaps['others_swapped'])}.")
+
+
+def tell_aim(aim):
+    """Aim and store at that site, in two sentences."""
+    if aim["n"] == 0:
+        return "Aim and store were not measured (0 queries)."
+    return (f"There, hop 1 aims right in {short(aim['nearest_right'])}: the nearest code is the "
+            f"bridge's. Hop 2 answers {short(aim['own_code'])} from the right code, "
+            f"{short(aim['snapped'])} from the nearest, {short(aim['as_is'])} from the value as it "
+            f"is (n = {aim['n']}).")
 
 
 def short(share):

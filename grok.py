@@ -1041,19 +1041,12 @@ def command(name):
         def main(argv=None):
             try:
                 return body(argv) or 0
-            except KeyboardInterrupt as stop:
-                said = str(stop) or "stopped"
-                status = 130
-            except (BadInput, OSError) as error:
-                said = str(error) or type(error).__name__
-                status = 2
-            except (MemoryError, RuntimeError) as error:
-                said = lacking(error)
-                status = 2
-                if said is None:
+            except (KeyboardInterrupt, BadInput, OSError, MemoryError, RuntimeError) as error:
+                reason = reason_of(error)
+                if reason is None:  # a mistake of ours: it shows where
                     raise
-            print(f"{name}: {said.splitlines()[0]}", file=sys.stderr)
-            return status
+                print(f"{name}: {reason.splitlines()[0]}", file=sys.stderr)
+                return 130 if isinstance(error, KeyboardInterrupt) else 2
 
         return main
 
@@ -1076,9 +1069,13 @@ def main(argv=None):
     print_result(folder)
 
 
-def lacking(error):
-    """What the machine lacks, by an error of torch or numpy; None if it is another error."""
+def reason_of(error):
+    """Why a command ends, in words; None if a RuntimeError names nothing that the machine lacks."""
     text = str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return text or "stopped"
+    if isinstance(error, (BadInput, OSError)):
+        return text or type(error).__name__
     tried = "tried to allocate" in text.lower() or "allocate memory" in text
     if tried or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return f"not enough memory ({' '.join(text.split())}); a smaller --batch-size needs less"
@@ -1118,7 +1115,11 @@ def parse(argv=None):
                        f"[{', '.join(REGIMES)}]")
     group.add_argument("--start", metavar="RUN", help="the run to fine-tune on new facts")
     group.add_argument("--out", metavar="FOLDER", help="(runs/PRESET/REGIME/seedK)")
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if value == "":
+            raise BadInput(f"{name}: is empty; leave it out, or give it a value")
+    return given
 
 
 def truth(text):

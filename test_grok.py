@@ -1351,7 +1351,8 @@ def test_what_was_not_measured_is_not_told(exposed, here, capsys):
 def test_a_setting_has_a_flag_and_keeps_its_type_and_limits(item):
     """One spelling a flag. Refused are another type, and what lies just outside its limits."""
     flag = "--" + item.name.replace("_", "-")
-    assert grok.parse([f"{flag}={item.default}"])[item.name] == item.default
+    value = "x" if item.default == "" else item.default  # what a word may be, Config says
+    assert grok.parse([f"{flag}={value}"])[item.name] == value
     if "_" in item.name:
         with pytest.raises(BadInput, match="unrecognized"):
             grok.parse([f"--{item.name}={item.default}"])
@@ -1372,6 +1373,11 @@ def test_a_setting_has_a_flag_and_keeps_its_type_and_limits(item):
     if least is not None:
         for value in (least, most):
             grok.check_value(item.name, value, item.type, item.metadata)
+
+
+@pytest.mark.parametrize("flag", ["--facts", "--start", "--regime", "--device", "--out"])
+def test_an_empty_value_is_refused_and_not_ignored(flag, here, capsys):
+    refuses([flag, ""], f"grok.py: {flag[2:]}: is empty", capsys)
 
 
 def test_the_help_names_every_setting_and_preset_with_its_default(capsys):
@@ -1821,6 +1827,7 @@ def test_donors_obey_their_rules(table):
     assert len(clean.h) > 0
     check_other_r2(tails, clean, one, predicted)
     assert (one.b == two.b).all() and (one.h != two.h).all() and (one.r1 != two.r1).all()
+    assert (two.t != predicted).all()
     few = queries.take([0]), queries.take([])
     for columns in (analyze.swap(*few, rng), analyze.mixed_donors(world, *few, rng)):
         assert {len(column.h) for column in columns[:-1]} == {0}
