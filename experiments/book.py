@@ -4,6 +4,7 @@ A Book is {table: {keys: Cell}}; a Cell is one number of a group of runs, a valu
 the runs that differ in their seed alone, and is named after its folder: small/natural.
 """
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -156,6 +157,11 @@ class Cell:
     @property
     def most(self):
         return max(self.have, default=None)
+
+    def never_last(self):
+        """The same Cell in which what never came is later than any step."""
+        values = [math.inf if value is None else value for value in self.values]
+        return replace(self, values=values) if self.kind in NEVER else self
 
     @property
     def each(self):
@@ -733,13 +739,12 @@ FIELDS = ("mean", "least", "most", "n", "chance", "seeds", "without")
 
 
 class Book(dict):
-    """{table: {keys: Cell}}. It notes what a page looks up, and remembers the verdicts."""
+    """{table: {keys: Cell}}, and the verdicts on them."""
 
     def __init__(self, runs):
         super().__init__()
         self.runs = runs
         self.rows = rows_of_runs(runs)
-        self.used = set()  # keys that were looked up, among them groups
         self["training"] = training_cells(runs)
         self["compositions"] = composition_cells(runs)
         self["film"] = film_cells(runs)
@@ -770,7 +775,6 @@ class Book(dict):
         table, *keys = words.split()
         if table not in self or len(keys) != len(KEYS[table]):
             raise BadInput(f"template: {{value:{words}}}: is no cell of a table")
-        self.used.update(keys)
         return self[table].get(tuple(keys), NOTHING)
 
     def need(self, words):
@@ -795,4 +799,5 @@ class Book(dict):
         value = getattr(cell, last)
         if last == "each":
             return value
-        return f"{value:,}" if last in ("n", "seeds", "without") and value else cell.show(value)
+        is_count = last in ("n", "seeds", "without") and value is not None
+        return f"{value:,}" if is_count else cell.show(value)

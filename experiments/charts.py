@@ -142,7 +142,9 @@ def film(runs):
     draw_curves(axes, steps, {"store: the right\ncode is answered": (PURPLE, stores),
                               "aim: the nearest\ncode is right": (GREEN, aims),
                               "answered as it is": (BLUE, answers)})
-    fits = [first_step(run.history, 0.99, "train_inferred") or steps[0] for run in group]
+    fits = [first_step(run.history, 0.99, "train_inferred") for run in group]
+    if None in fits:
+        raise Absent("a filmed run of small/natural that never fitted its training")
     axes.axvspan(min(fits) - 8, max(fits) + 8, color="0.85", linewidth=0, zorder=0)
     axes.text(max(fits), 1.0, "  the fit of the training", va="center")
     at_fit = int(np.searchsorted(steps, max(fits)))

@@ -137,7 +137,7 @@ def recursion(runs):
     """The paper's recursion unrolled: what its lens sees after every pass, what a swap redirects
     at every site inside."""
     run = runs.group("trm/both_full")[0]
-    measured = read_json(run.folder / "paths.json").get("end")
+    measured = read_json(run.folder / "paths.json", dict).get("end")
     if measured is None:
         raise Absent(f"no paths.json of {run.name}; analyze.py makes it")
     used = measured["test_ood"]["used"]["other_r2"]

@@ -6,6 +6,7 @@ A NUMBER is a place in the book, "TABLE KEY ... FIELD", or the difference of two
 comparison that begins with "or" may hold in place of the one above it. Where PREDICTIONS.md gives
 no level ("at chance", "does not mend"), we chose it here, afterwards.
 """
+import math
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -43,17 +44,26 @@ def read_predictions(text):
 
 
 def number_of(book, words):
-    """The number at "TABLE KEY ... FIELD", or the difference of two; None if one is not there."""
+    """The number at "TABLE KEY ... FIELD", or the difference of two; None if one is not there, or
+    if neither of the two ever came."""
     numbers = []
     for place in words.split(" - "):
         where, _, name = place.rpartition(" ")
         try:
-            numbers.append(getattr(book.need(where), name))
+            numbers.append(field_of(book.need(where), name))
         except Missing:
             return None
     if None in numbers:
         return None
-    return numbers[0] - numbers[1] if len(numbers) == 2 else numbers[0]
+    number = numbers[0] - numbers[1] if len(numbers) == 2 else numbers[0]
+    return None if math.isnan(number) else number
+
+
+def field_of(cell, name):
+    """A field of a Cell; infinite if it is a step, of runs in one of which that never came."""
+    if name in ("mean", "least", "most"):
+        cell = cell.never_last()
+    return getattr(cell, name)
 
 
 def judge(comparisons, numbers):
@@ -140,11 +150,15 @@ def sites_of_trm(book):
 
 def dials_not_redirected(book):
     """In how many runs of two dials that answer half a donor redirects less than .8."""
-    rows = [row for row in book.rows
-            if row["run"].startswith(("dial/answer_only/", "dial/attention/"))]
-    if not rows:
-        raise Missing("dial/answer_only")
-    return len([row for row in rows if row["answer"] >= 0.5 and row["donor"] < 0.8])
+    count = 0
+    for group in ("dial/answer_only", "dial/attention"):
+        rows = [row for row in book.rows if row["run"].startswith(f"{group}/")]
+        if not rows:
+            raise Missing(group)
+        for row in rows:
+            is_redirected = row["donor"] is not None and row["donor"] >= 0.8
+            count += row["answer"] >= 0.5 and not is_redirected
+    return count
 
 
 PHIS = (3, 6, 9, 12, 18)

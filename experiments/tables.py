@@ -35,10 +35,6 @@ from experiments.verdicts import JUDGES
 from grok import Parser, command, say, write_file
 
 
-IN_CSV = ("map/", "data/", "exposed/", "search/", "dial/", "tune/trm", "tune/worlds",
-          "worlds/second_full", "small/both_half")  # groups of which the page shows a selection
-
-
 # ---------------------------------------------------------------- the page
 def fill(template, book):
     """The page: the template with all its places filled."""
@@ -241,15 +237,10 @@ def compare(files, out):
                        "python -m experiments.tables")
 
 
-def name_the_rest(book):
-    """One line on stderr for the runs that cannot be used, one for groups that no table uses."""
-    if book.runs.left_out:
-        print(f"experiments.tables: left out: {'; '.join(book.runs.left_out)}", file=sys.stderr)
-    unused = [group for group in book.runs.groups
-              if group not in book.used and not group.startswith(IN_CSV)]
-    if unused:
-        print(f"experiments.tables: in no table of the page: {', '.join(unused)}",
-              file=sys.stderr)
+def name_left_out(runs):
+    """One line on stderr for the runs that cannot be used."""
+    if runs.left_out:
+        print(f"experiments.tables: left out: {'; '.join(runs.left_out)}", file=sys.stderr)
 
 
 def parse(argv=None):
@@ -258,9 +249,13 @@ def parse(argv=None):
     parser.add_argument("--root", type=Path, default=HERE.parent / "runs" / "shipped",
                         help="the folder of the runs (runs/shipped)")
     parser.add_argument("-o", "--out", type=Path, metavar="FOLDER", help="write there (ROOT)")
-    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
-    parser.add_argument("--readme", action="store_true", help="write the README of the project")
-    return parser.parse_args(argv)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--check", action="store_true", help="compare, and write nothing")
+    instead.add_argument("--readme", action="store_true", help="write the README of the project")
+    args = parser.parse_args(argv)
+    if args.readme and args.out:
+        raise BadInput(f"out = {args.out}: --readme writes README.md of the project")
+    return args
 
 
 @command("experiments.tables")
@@ -269,7 +264,7 @@ def main(argv=None):
     args = parse(argv)
     files, book = all_files(args.root)
     out = args.out or args.root
-    name_the_rest(book)
+    name_left_out(book.runs)
     if args.readme:
         write_file(HERE.parent / "README.md", readme(book).encode())
     elif args.check:

@@ -6,6 +6,8 @@ for `trm`, by the rule in JUDGES, which verdicts.csv repeats:
     holds    as the paper says        partly   with another instrument, threshold or ceiling
     differs  not so                   open     a run or a measurement is missing, or decides nothing
 """
+import math
+
 HOLDS = "holds"
 PARTLY = "partly"
 DIFFERS = "differs"
@@ -28,12 +30,11 @@ def judge_sooner(book, preset):
     """Both hops supervised: nine answers in ten, before natural training has them."""
     both = book.need(f"training {preset}/both_full answer_.9")
     natural = book.need(f"training {LONGEST[preset]} answer_.9")
-    if not both.have:
-        return DIFFERS
-    later = [step is None or step > both.most for step in natural.values]
-    if not all(later):
-        return DIFFERS
-    return PARTLY if both.without else HOLDS
+    first = min(natural.have, default=math.inf)
+    sooner = [step is not None and step < first for step in both.values]
+    if all(sooner):
+        return HOLDS
+    return PARTLY if any(sooner) else DIFFERS
 
 
 def judge_stages(book, preset):

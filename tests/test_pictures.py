@@ -273,8 +273,9 @@ def test_messages_are_those_of_the_numbers(figures):
         "small, natural: after the fit it stores hop 2 (.10 to .90) and aims hop 1 (.30 to .80); "
         "small, second full: after the fit it stores hop 2 (.10 to 1.00) and aims hop 1 (.30 to "
         ".50)")
-    assert said["film.png"] == ("After the fit hop 2 gets stored (.10 to .85) and hop 1 aimed (.30 "
-                                "to .75); the answers stay below both (.00 to .30)")
+    assert said["film.png"] == (
+        "From step 1,750 on, when every seed is fitted, hop 2 gets stored (.10 to .85) and hop 1 "
+        "aimed (.30 to .75); the answers stay below both (.00 to .30)")
     # 3 of tiny, 15 of small, 17 of the map, whose corners are runs of small, 1 of trm, 1 dial
     assert said["seen_used.png"] == (
         "Of 37 runs that answer half of the OOD questions, a swap redirects .8 or more of the "
@@ -363,9 +364,14 @@ def test_the_map_has_a_number_a_cell_and_hatches_what_is_missing(figures):
     assert (aims[0, 0], aims[0, 4], aims[4, 0]) == (".50", "1.00", ".50")  # hop 1 goes up
 
 
-def test_points_that_no_swap_redirects_have_their_names(figures):
-    texts = [text.get_text() for text in figures["seen_used.png"].axes[0].texts]
-    assert [text for text in texts if "/" in text] == ["dial/tied/seed0"]
+def test_a_run_that_never_fitted_is_not_filmed_as_fitted(tmp_path):
+    def waits(i):
+        return {**groks(i), "train_inferred": 0.5}
+
+    folder = write_run(tmp_path, "small/natural/seed0", config_of("small"), waits)
+    write_film(folder)
+    with pytest.raises(canvas.Absent, match="never fitted"):
+        figure_of("film.png", canvas.Shelf(tmp_path))
 
 
 def test_the_recursion_shows_each_site_where_it_is(root, tmp_path):

@@ -5,6 +5,7 @@ The page is that of the shipped runs; all else is tried on made-up runs, whose n
 """
 import csv
 import json
+import math
 import os
 import re
 import subprocess
@@ -235,7 +236,7 @@ def whole(tmp_path_factory):
     return root, *tables.all_files(root)
 
 
-def test_with_every_run_of_the_plan_no_place_of_the_page_is_empty(whole, capsys):
+def test_with_every_run_of_the_plan_no_place_of_the_page_is_empty(whole):
     _, files, book = whole
     page = files["README.md"].decode()
     for lacking in ("no run yet", "not measured", "open |", "{", "}", "@", "| = |", "Left out"):
@@ -246,8 +247,31 @@ def test_with_every_run_of_the_plan_no_place_of_the_page_is_empty(whole, capsys)
     verdicts_there = tables.readme(book).partition("| claim |")[2].partition("\n\n")[0]
     for lacking in ("no run yet", "not measured", "open |", "{", "}"):
         assert lacking not in verdicts_there, lacking
-    tables.name_the_rest(book)
-    assert capsys.readouterr().err == ""  # every group of the plan is in a table
+
+
+TRAINING_CSV_ALONE = {"small/both_half", "search/steps_3000_decay_0.5",
+                      "search/steps_4500_batch_128", "dial/trm_shallow_natural",
+                      "dial/trm_one_block_both_full"}
+
+
+def test_every_group_of_the_plan_is_read_somewhere(whole, monkeypatch):
+    """By page or README, by a prediction, a notebook or a map; else training.csv alone has it."""
+    book = whole[2]
+    read = set()
+    look = Book.look
+
+    def note(book, words):
+        read.update(words.split())
+        return look(book, words)
+
+    monkeypatch.setattr(Book, "look", note)
+    for template in ("page.md", "readme.md"):
+        tables.fill(tables.read_template(template), book)
+    for file in (predictions.TEXT, ROOT / "tutorial.ipynb", ROOT / "experiments/further.ipynb"):
+        read.update(re.findall(r"[\w./]+", file.read_text(encoding="utf-8")))
+    unread = {group for group in book.runs.groups
+              if group not in read and not group.startswith(("map/", "data/"))}
+    assert unread == TRAINING_CSV_ALONE
 
 
 def test_a_reader_meets_no_table_of_over_five_columns_or_eight_rows(whole):
@@ -348,16 +372,6 @@ def test_groups_are_named_by_their_folder_at_any_depth(write):
     assert set(read_book().runs.groups) == {"small/natural", "a/b/c", "mine", "old/run_of_may"}
 
 
-def test_groups_in_no_table_are_named_in_one_line(write, tmp_path, capsys):
-    write_one, _ = write
-    write_one("small/natural/seed0")
-    write_one("else/where/seed0")
-    write_one("map/hop1_0_hop2_0/seed0")
-    assert tables.main(["--root", str(tmp_path / "root"), "-o", str(tmp_path / "out")]) == 0
-    error = capsys.readouterr().err.splitlines()
-    assert error == ["experiments.tables: in no table of the page: else/where"]
-
-
 def test_runs_that_do_not_belong_together_are_not_averaged(write, tmp_path):
     write_one, read_book = write
     config = write_one("small/natural/seed0", shares={"test_ood": 0.5})
@@ -388,6 +402,7 @@ def test_what_was_not_measured_is_never_zero(write):
     assert book.say("swaps trm/both_full end test_ood donor") == "*no run yet*"
     assert book.say("film small/natural aim_.5") == "*not measured*"
     assert book.verdicts["fake small"] == book.verdicts["folds small"] == "open"
+    assert book.say(f"swaps {where} donor n") == book.say(f"swaps {where} donor seeds") == "0"
     text = tables.csv_of_cells(book, "swaps").decode()
     assert "small/both_full" not in text and ",donor" not in text
 
@@ -567,6 +582,8 @@ CASES = [
     ("sooner", {"training small/both_full answer_.9": [100, 200],
                 "training long/natural answer_.9": Cell([None, 300], "steps")}, "holds"),
     ("sooner", {"training small/both_full answer_.9": [100, 200],
+                "training long/natural answer_.9": Cell([None, 200], "steps")}, "partly"),
+    ("sooner", {"training small/both_full answer_.9": [200, 300],
                 "training long/natural answer_.9": Cell([None, 200], "steps")}, "differs"),
     ("sooner", {"training small/both_full answer_.9": Cell([100, None], "steps"),
                 "training long/natural answer_.9": Cell([None], "steps")}, "partly"),
@@ -668,6 +685,32 @@ def test_a_prediction_holds_if_all_its_comparisons_do(monkeypatch, tmp_path, fir
     assert rows[2][4:] == ["or at most", 0.9, outcome]
 
 
+@pytest.mark.parametrize("words, number", [
+    ("some answer_.9 mean", math.inf), ("some answer_.9 most", math.inf),
+    ("some answer_.9 least", 100), ("some answer_.9 without", 1), ("none ratio_.9 mean", math.inf),
+    ("none ratio_.9 least - all answer_.9 mean", math.inf),
+    ("all answer_.9 mean - some answer_.9 mean", -math.inf),
+    ("some answer_.9 mean - none ratio_.9 mean", None), ("half test_ood mean", 0.5)])
+def test_what_never_came_is_later_than_any_step(words, number):
+    book = Stub({"training all answer_.9": Cell([100, 200], "steps"),
+                 "training some answer_.9": Cell([100, None], "steps"),
+                 "training none ratio_.9": Cell([None, None], "ratio"),
+                 "training half test_ood": Cell([0.5, None])})
+    places = " - ".join(f"training {place}" for place in words.split(" - "))
+    assert predictions.number_of(book, places) == number
+
+
+def test_a_dial_whose_swap_was_not_measured_counts_as_not_redirected():
+    book = Stub({})
+    book.rows = [{"run": "dial/attention/seed0", "answer": 0.5, "donor": 0.8}]
+    with pytest.raises(verdicts.Missing, match="dial/answer_only"):
+        predictions.dials_not_redirected(book)
+    book.rows += [{"run": "dial/answer_only/seed0", "answer": 0.5, "donor": None},
+                  {"run": "dial/answer_only/seed1", "answer": 0.25, "donor": 0.0},
+                  {"run": "dial/attention/seed1", "answer": 0.75, "donor": 0.5}]
+    assert predictions.dials_not_redirected(book) == 2
+
+
 @pytest.mark.parametrize("numbers, outcome", [
     ((0.5, None, None), "open"), ((0.25, None, None), "fails"), ((0.5, None, 0.25), "holds"),
     ((0.5, 0.25, None), "open"), ((0.5, 0.25, 0.5), "fails"), ((None, 0.5, 0.5), "open")])
@@ -725,6 +768,16 @@ def test_check_names_what_is_out_of_date(write, tmp_path, capsys):
     for name in ("tables/map.csv", "tables/older.csv", "tables/training.csv"):
         assert name in error
     assert (root / "README.md").read_bytes() == before
+
+
+@pytest.mark.parametrize("options, reason", [
+    (["--check", "--readme"], "not allowed with"), (["--readme", "-o", "x"], "out = x: ")])
+def test_options_that_do_not_go_together_are_refused(options, reason, capsys):
+    before = (ROOT / "README.md").read_bytes()
+    assert tables.main(options) == 2
+    error = capsys.readouterr().err
+    assert reason in error and len(error.splitlines()) == 1
+    assert (ROOT / "README.md").read_bytes() == before
 
 
 def test_every_verdict_and_prediction_stands_in_a_csv_with_its_rule(whole):
