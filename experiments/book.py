@@ -3,7 +3,6 @@
 A Book is {table: {keys: Cell}}; a Cell is one number of a group of runs, a value a run. A group is
 the runs that differ in their seed alone, and is named after its folder: small/natural.
 """
-import json
 import math
 import re
 from collections import Counter
@@ -15,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from analyze import COMPOSITIONS, short
-from data import (BadInput, SPLITS, change_facts, compositions, make_splits, make_world, queries,
-                  reading)
-from experiments.measure import NEW, r2_alone
+from data import BadInput, SPLITS, change_facts, compositions, make_splits, make_world, queries
+from experiments.measure import NEW, r2_alone, read_json
 from experiments.predictions import derived_numbers, predict_all
 from experiments.verdicts import FAILS, HOLDS, OPEN, SHARES, Missing, judge_all
 from grok import PRESETS, WEIGHTS, Config, first_step, read_run
@@ -109,17 +107,6 @@ def read_one(folder, name):
                grafts=read_json(folder / "graft.json", list),
                grokfast=read_json(folder / "grokfast.json", dict),
                together=read_json(folder / "together.json", list))
-
-
-def read_json(path, kind):
-    """The dict or list in a file; an empty one if there is no file."""
-    if not path.exists():
-        return kind()
-    with reading(path):
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, kind):
-            raise ValueError(f"holds no {kind.__name__}")
-    return content
 
 
 def check_group(run, group):

@@ -5,8 +5,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
 from analyze import POSITIONS, name_positions, short
-from experiments.book import read_json
 from experiments.canvas import BEA, BLUE, DORA, GREEN, ORANGE, WIDTH, Absent, set_message
+from experiments.measure import read_json
 from grok import PARTS, name_loops
 
 # ---------------------------------------------------------------- the task, and one swap

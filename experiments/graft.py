@@ -7,28 +7,25 @@
 graft.json holds, for each seed, {"seed", "first", "last": how often the bridge of ID questions is
 the first, and the last, of the entities in the best state at the end, "answer": OOD answers then}.
 """
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-if not __package__:  # started as a script, `python experiments/graft.py`, from any folder
-    sys.path.insert(0, str(HERE.parent))
-
 import numpy as np
 import torch
 
-from analyze import check_writable, plain, seen
+from analyze import seen
 from data import BadInput
-from experiments.measure import evaluations
-from grok import Parser, Trainer, build_model, command, make_data, read_run, say, write_file
+from experiments.measure import evaluations, trainer_of, write_each
+from grok import Parser, build_model, command
 
 
-def graft(config, seed):
+def graft(folder, seed):
     """What becomes of a run whose position mixing starts from the first weights of another seed."""
-    world, splits = make_data(config, {})
-    trainer = Trainer(config, world, splits)
+    trainer, world, splits = trainer_of(folder)
+    config = trainer.config
+    if config.mixing != "tokens" or config.model != "looped":
+        raise BadInput(f"{folder}: is no run of the preset small")
     donor = build_model(replace(config, seed=seed), world.n_entities, world.n_relations)
     copy_mixing(trainer.model, donor)
     copy_mixing(trainer.average, donor)
@@ -42,10 +39,10 @@ def graft(config, seed):
 
 @torch.no_grad()
 def copy_mixing(model, donor):
-    """Copy the weights along the positions, 12 T * T of them: 192 where T = 4."""
-    for name in ("gate_up", "down"):
-        theirs = getattr(donor.blocks[0].mix, name).weight
-        getattr(model.blocks[0].mix, name).weight.copy_(theirs)
+    """Copy the weights along the positions, 12 T * T of them in a block: 192 where T = 4."""
+    for block, donor_block in zip(model.blocks, donor.blocks):
+        for name in ("gate_up", "down"):
+            getattr(block.mix, name).weight.copy_(getattr(donor_block.mix, name).weight)
 
 
 # ---------------------------------------------------------------- the command line
@@ -58,13 +55,11 @@ def main(argv=None):
     parser.add_argument("seeds", nargs="+", type=int, metavar="SEED",
                         help="whose first weights mix its positions")
     args = parser.parse_args(argv)
-    config, _ = read_run(args.run)
-    if config.mixing != "tokens" or config.model != "looped" or config.new_facts:
-        raise BadInput(f"{args.run}: is no run of the preset small")
-    check_writable(args.run)
-    grafts = [graft(config, seed) for seed in args.seeds]
-    write_file(args.run / "graft.json", json.dumps(plain(grafts)).encode())
-    say(f"{args.run.as_posix()}: graft.json")
+
+    def graft_each(folder):
+        return [graft(folder, seed) for seed in args.seeds]
+
+    return write_each("experiments.graft", [args.run], "graft.json", graft_each)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,14 @@
                                              every gradient a multiple of its running mean
 
 grokfast.json holds {"fit", "nine_in_ten": the step of the first evaluation with .99 of the training
-questions and .9 of the OOD questions right, null if there is none, "answer": OOD answers at the end}.
+questions and .9 of the OOD questions right, null if there is none, "answer": OOD answers at
+the end}.
 """
-import json
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-if not __package__:  # started as a script, `python experiments/grokfast.py`, from any folder
-    sys.path.insert(0, str(HERE.parent))
-
-import torch
-
-from analyze import check_writable
-from experiments.measure import evaluations
-from grok import Parser, Trainer, command, first_step, load_data, read_run, say, write_file
+from experiments.measure import evaluations, trainer_of, write_each
+from grok import Parser, command, first_step
 
 # Grokfast-EMA as its authors recommend it: how much of the running mean is kept in a step (alpha),
 # and how many times it is added (lambda)
@@ -28,12 +21,13 @@ ADDED = 2.0
 
 def train_anew(folder):
     """Train the run of this folder anew with its slow gradients amplified; what became of it."""
-    config, world, splits = load_data(folder)
-    trainer = Trainer(config, world, splits)
-    means = [torch.zeros_like(weight) for weight in trainer.weights]
+    trainer, _, _ = trainer_of(folder)
+    means = []
 
     def amplify(optimizer, args, kwargs):
         """Called by PyTorch between the gradient and the step."""
+        if not means:  # they start at the first gradient, as in the authors' code, not at 0
+            means.extend(weight.grad.clone() for weight in trainer.weights)
         for mean, weight in zip(means, trainer.weights):
             mean.lerp_(weight.grad, 1 - KEPT)
             weight.grad.add_(mean, alpha=ADDED)
@@ -52,12 +46,7 @@ def main(argv=None):
     parser = Parser(prog="experiments.grokfast", description="Grokfast: amplify slow gradients.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished runs")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # as the run was trained: more would take sums in another order
-    for folder in args.runs:
-        read_run(folder)  # an unfinished one is refused
-        check_writable(folder)
-        write_file(folder / "grokfast.json", json.dumps(train_anew(folder)).encode())
-        say(f"{folder.as_posix()}: grokfast.json")
+    return write_each("experiments.grokfast", args.runs, "grokfast.json", train_anew)
 
 
 if __name__ == "__main__":

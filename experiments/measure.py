@@ -16,16 +16,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-if not __package__:  # started as a script, `python experiments/measure.py`, from any folder
-    sys.path.insert(0, str(HERE.parent))
-
 import numpy as np
 import torch
 
 from analyze import (aim_and_store, bridge_site, check_writable, codes, donor_map, fit_on,
                      inference_path, logit_lens, other_r2, plain, right_only, swap_maps)
-from data import BadInput
+from data import BadInput, reading
 from grok import (PARTS, Parser, Trainer, WEIGHTS, command, load_data, load_run, read_run, say,
                   to_tokens, write_file)
 
@@ -35,7 +31,6 @@ NEW = ("new_old", "old_new", "new_new", "exposed_old", "old_exposed")
 # ---------------------------------------------------------------- runs as they were trained
 def look_into(folder):
     """What inside.json holds of a run."""
-    read_run(folder)  # an unfinished one is refused
     config, world, splits = load_data(folder)
     measured = {}
     if config.new_facts:
@@ -47,7 +42,9 @@ def look_into(folder):
                 measured[stage] = look_at_new_facts(model, world, splits)
             else:
                 measured[stage] = without_maps(inference_path(model, world, splits))
-    return plain(measured)
+    if not measured:
+        raise BadInput(f"{folder}: holds no weights to look into")
+    return measured
 
 
 def without_maps(tree):
@@ -93,12 +90,23 @@ def look_at_new_facts(model, world, splits):
 
 
 # ---------------------------------------------------------------- along training
+def trainer_of(folder):
+    """(a Trainer at the first step of the finished run in this folder, world, splits): with it the
+    run can be trained anew, on the CPU."""
+    config, _ = read_run(folder)  # an unfinished one is refused
+    if config.new_facts:
+        raise BadInput(f"{folder}: is a run on new facts, which is not trained anew")
+    config, world, splits = load_data(folder)
+    torch.set_num_threads(1)  # more would take sums in another order: another run
+    return Trainer(replace(config, device="cpu"), world, splits), world, splits
+
+
 def evaluations(trainer):
     """Train to the end, and yield every evaluation: a line of metrics.jsonl."""
     steps = trainer.config.steps
     while trainer.step < steps:
         trainer.train_step()
-        if trainer.step % trainer.config.eval_every == 0 or trainer.step == steps:
+        if trainer.is_at_evaluation():
             yield trainer.measure()
             say(f"step {trainer.step} of {steps}")
 
@@ -112,12 +120,11 @@ def check_same_end(folder, line):
 
 
 def film(folder):
-    """Train the run of this folder anew; film.json holds, for every evaluation, {"step", split:
-    see `aim_and_store`}, at the site that its last weights use.
+    """Train the run of this folder anew; film.json holds, for every evaluation, {"step", "fitted":
+    the training, split: see `aim_and_store`}, at the site that its last weights use.
     Every value is from the averaged weights, as the run's metrics are."""
-    sites = [tuple(site) for site in read_inside(folder)["end"]["site"]["sites"]]
-    config, world, splits = load_data(folder)
-    trainer = Trainer(config, world, splits)
+    trainer, world, splits = trainer_of(folder)
+    sites = sites_at_the_end(folder)
     rng = np.random.default_rng(0)
     pools = {name: splits[name].shuffled(rng) for name in ("test_id", "test_ood")}
     half = len(pools["test_id"].h) // 2
@@ -128,7 +135,15 @@ def film(folder):
         frames.append({"step": line["step"], "fitted": line["accuracy"]["train_inferred"],
                        **frame(trainer.average, world, pools, fitted, sites)})
     check_same_end(folder, line)
-    return plain(frames)
+    return frames
+
+
+def sites_at_the_end(folder):
+    """Where the last weights of a run hold the bridge, by its inside.json."""
+    inside = read_json(folder / "inside.json", dict)
+    if "end" not in inside:
+        raise BadInput(f"{folder}: was not measured; experiments.measure without --film does so")
+    return [tuple(site) for site in inside["end"]["site"]["sites"]]
 
 
 def frame(model, world, pools, fitted, sites):
@@ -146,14 +161,10 @@ def film_maps(folder, n=100):
     (S,), one an evaluation; "answer" (S,), the share of OOD questions answered; and in
     (S, n_loops, 2, T), the parts in the order of PARTS, "seen", the share of n OOD questions whose
     bridge is top-1 there, and "used", the share that a donor of another r2 redirects."""
-    read_run(folder)  # an unfinished one is refused
-    config, world, splits = load_data(folder)
-    if config.new_facts:
-        raise BadInput(f"{folder}: is a run on new facts, and has no OOD questions")
+    trainer, world, splits = trainer_of(folder)
     rng = np.random.default_rng(0)
     pool = splits["test_ood"].shuffled(rng)
     swapped = other_r2(world, pool.take(slice(n)), pool, rng)
-    trainer = Trainer(replace(config, device="cpu"), world, splits)
     frames = []
     for line in evaluations(trainer):
         frames.append({"step": line["step"], "answer": line["accuracy"]["test_ood"],
@@ -178,47 +189,53 @@ def maps_of_moment(model, world, clean, donor, predicted):
     return {"seen": np.stack(seen, axis=1), "used": np.stack(used, axis=1)}
 
 
-def read_inside(folder):
-    """inside.json of a run folder; {} where it was not looked into."""
-    path = Path(folder, "inside.json")
-    return json.loads(path.read_bytes()) if path.exists() else {}
+# ---------------------------------------------------------------- files beside a run
+def read_json(path, kind):
+    """The dict or list in a file; an empty one if there is no file."""
+    if not path.exists():
+        return kind()
+    with reading(path):
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, kind):
+            raise ValueError(f"holds no {kind.__name__}")
+    return content
+
+
+def write_each(program, folders, file, find):
+    """Write, into each folder of a finished run, a file of what find(folder) gives, bytes or what
+    JSON can hold; returns the exit status, 2 if one of the runs cannot be used. The next one is
+    tried all the same."""
+    status = 0
+    for folder in folders:
+        try:
+            read_run(folder)  # an unfinished one is refused
+            check_writable(folder)
+            found = find(folder)
+            content = found if isinstance(found, bytes) else json.dumps(plain(found)).encode()
+            write_file(folder / file, content)
+            say(f"{folder.as_posix()}: {file}")
+        except (BadInput, OSError) as error:
+            print(f"{program}: {error}", file=sys.stderr)
+            status = 2
+    return status
 
 
 # ---------------------------------------------------------------- the command line
 @command("experiments.measure")
 def main(argv=None):
     """Measure runs; exit status 0, or 2 if one of them cannot be used."""
-    status = 0
     parser = Parser(prog="experiments.measure", description="What the results page reads.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     anew = parser.add_mutually_exclusive_group()
     anew.add_argument("--film", action="store_true", help="train anew: aim and store")
     anew.add_argument("--frames", action="store_true", help="train anew: the moving picture")
     args = parser.parse_args(argv)
-    for folder in args.runs:
-        try:
-            check_writable(folder)
-            name, content = measure_run(folder, args)
-            write_file(folder / name, content)
-            say(f"{folder.as_posix()}: {name}")
-        except (BadInput, OSError) as error:  # says so, and goes on to the next
-            print(f"experiments.measure: {error}", file=sys.stderr)
-            status = 2
-    return status
-
-
-def measure_run(folder, args):
-    """(name, bytes) of the file that is asked for of one run."""
-    if args.film or args.frames:
-        torch.set_num_threads(1)  # more would take sums in another order: another run
-    if args.frames:
-        return "frames.npz", film_maps(folder)
+    file, find = "inside.json", look_into
     if args.film:
-        return "film.json", json.dumps(film(folder)).encode()
-    measured = look_into(folder)
-    if not measured:
-        raise BadInput(f"{folder}: holds no weights to look into")
-    return "inside.json", json.dumps(measured).encode()
+        file, find = "film.json", film
+    elif args.frames:
+        file, find = "frames.npz", film_maps
+    return write_each("experiments.measure", args.runs, file, find)
 
 
 if __name__ == "__main__":

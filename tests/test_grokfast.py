@@ -2,6 +2,7 @@
 import json
 
 import pytest
+import torch
 
 import grok
 from experiments import grokfast
@@ -24,25 +25,24 @@ def test_with_nothing_added_it_is_the_run_itself(folder, monkeypatch):
 
 
 def test_the_running_mean_is_added_to_the_gradient(monkeypatch, tmp_path):
-    """Of a constant gradient g, two steps: the means are (1 - kept) g and (1 - kept^2) g."""
+    """Gradients of 1, then 3: the means are 1, then .98 * 1 + .02 * 3, and twice that is added."""
     config = grok.Config(**{**grok.PRESETS["smoke"][2], "preset": "smoke", "steps": 2})
     seen = []
 
     def remember(trainer):
-        for _ in range(2):
-            trainer.optimizer.zero_grad()
+        for gradient in (1.0, 3.0):
             for weight in trainer.weights:
-                weight.grad = weight.detach() * 0 + 1.0
+                weight.grad = torch.full_like(weight, gradient)
             trainer.optimizer.step()
             seen.append(trainer.weights[0].grad.flatten()[0].item())
         return iter([{"step": 2, "accuracy": {"train_inferred": 0.0, "test_ood": 0.25}}])
 
-    monkeypatch.setattr(grokfast, "load_data", lambda folder: (config, *grok.make_data(config, {})))
+    world, splits = grok.make_data(config, {})
+    trainer = grok.Trainer(config, world, splits)
+    monkeypatch.setattr(grokfast, "trainer_of", lambda folder: (trainer, world, splits))
     monkeypatch.setattr(grokfast, "evaluations", remember)
     result = grokfast.train_anew(tmp_path)
-    kept, added = grokfast.KEPT, grokfast.ADDED
-    wanted = [1 + added * (1 - kept), 1 + added * (1 - kept ** 2)]
-    assert seen == pytest.approx(wanted, rel=1e-5)
+    assert seen == pytest.approx([1 + 2 * 1, 3 + 2 * 1.04], rel=1e-5)
     assert result == {"fit": None, "nine_in_ten": None, "answer": 0.25}
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import grok
 from analyze import inference_path, plain
@@ -92,6 +93,29 @@ def test_a_film_that_ends_otherwise_than_the_run_is_refused(run, tmp_path, capsy
     assert not (tmp_path / "film.json").exists()
 
 
+def test_a_run_is_trained_anew_from_its_first_step_with_one_thread(run):
+    torch.set_num_threads(2)
+    trainer, world, splits = measure.trainer_of(run)
+    first = grok.build_model(trainer.config, world.n_entities, world.n_relations)
+    assert trainer.step == 0 and torch.get_num_threads() == 1
+    for ours, theirs in zip(trainer.weights, first.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("option", ["--film", "--frames"])
+def test_what_cannot_be_trained_anew_is_refused_in_a_line_and_the_next_is_tried(option, run, tuned,
+                                                                               tmp_path, capsys):
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    assert measure.main([option, str(tuned), str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "is a run on new facts" in lines[0]
+    if option == "--film":
+        assert "was not measured" in lines[1] and len(lines) == 2
+    else:
+        assert (tmp_path / "frames.npz").exists() and len(lines) == 1
+
+
 def test_a_run_on_new_facts_is_measured_with_and_without_its_weights(tuned):
     inside = json.loads((tuned / "inside.json").read_text())
     _, _, splits = grok.load_data(tuned)
@@ -106,6 +130,7 @@ def test_a_run_on_new_facts_is_measured_with_and_without_its_weights(tuned):
 
 
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys):
-    assert measure.main([str(tmp_path)]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-    assert not (tmp_path / "inside.json").exists()
+    for folder in (tmp_path, tmp_path / "none"):
+        assert measure.main([str(folder)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 import json
 
 import pytest
+import torch
 
 import grok
 from experiments import together
@@ -11,42 +12,51 @@ SMALL = grok.Config(**{**grok.PRESETS["smoke"][2], "layout": "bidirectional", "m
                        "eval_every": 10, "preset": "smoke"})
 
 
-class FakeTrial:
-    """One in which the bridge stands in three sites, a third in each."""
-    held = {(1, "mixed", 2), (2, "mixed", 2), (2, "state", 0)}
+HELD = {(1, "mixed", 2), (2, "mixed", 2), (2, "state", 0)}
 
-    def redirected(self, sites):
-        return len(self.held & set(sites)) / 3
+
+def third_each(sites):
+    """What is redirected if three sites hold a third of the bridge each."""
+    return len(HELD & set(sites)) / 3
 
 
 def test_the_sites_that_hold_the_bridge_together_are_found():
     model = grok.build_model(SMALL, 12, 8)
-    two, three, four = together.grow(FakeTrial(), together.sites_of(model))
-    assert set(two) < set(three) == FakeTrial.held and set(three) < set(four)
+    two, three, four = together.grow(third_each, together.sites_of(model))
+    assert set(two) < set(three) == HELD and set(three) < set(four)
 
 
 @pytest.fixture(scope="module")
 def trial():
-    """A Trial of an untrained model on all training questions."""
+    """(model, world, a trial) of an untrained model on all training questions."""
     world, splits = grok.make_data(SMALL, {})
     model = grok.build_model(SMALL, world.n_entities, world.n_relations)
-    return together.prepare(model, world, splits["train_inferred"], 50)
+    return model, world, together.prepare(model, world, splits["train_inferred"], 50)
 
 
 def test_the_two_donors_share_a_bridge_which_is_not_the_questions_own(trial):
-    world = trial.world
+    _, world, (clean, first, second, predicted) = trial
     tails = {(h, r): t for h, r, t in world.facts}
-    assert len(trial.clean.h) > 10
-    new_bridges = [tails.get((h, r)) for h, r in zip(trial.clean.h, trial.clean.r1)]
-    assert new_bridges == trial.clean.b.tolist()
-    assert (trial.predicted != trial.clean.t).all()
-    values = trial.first["mixed"][-1, :, 0] - trial.second["mixed"][-1, :, 0]       # (N, D)
+    assert len(clean.h) > 10
+    new_bridges = [tails.get((h, r)) for h, r in zip(clean.h, clean.r1)]
+    assert new_bridges == clean.b.tolist()
+    assert (predicted != clean.t).all()
+    values = first["mixed"][-1, :, 0] - second["mixed"][-1, :, 0]                   # (N, D)
     assert (values.abs().amax(1) > 0).all()  # two donors, not one
 
 
-def test_at_one_site_and_everywhere_the_first_donor_alone_decides(trial):
-    site = (2, "mixed", 2)
-    assert trial.redirected([site]) == trial.redirected_by_one([site])
+def test_each_donor_gives_its_values_at_its_own_sites(trial, monkeypatch):
+    def note(predicted, model, world, clean, put):
+        return put
+
+    monkeypatch.setattr(together, "share_becoming", note)
+    _, _, (_, first, second, _) = trial
+    one, other = (2, "mixed", 2), (1, "state", 0)
+    put = together.redirected(*trial, 1, [one, other])
+    assert torch.equal(put[one], first["mixed"][2, :, 2])
+    assert torch.equal(put[other], second["state"][1, :, 0])
+    put = together.redirected(*trial, 2, [one, other])
+    assert torch.equal(put[other], first["state"][1, :, 0])
 
 
 def test_of_a_recursive_model_the_last_passes_take_part():
@@ -55,19 +65,19 @@ def test_of_a_recursive_model_the_last_passes_take_part():
     assert len(sites) == len(set(sites)) == 64 and min(loop for loop, _, _ in sites) == 20
 
 
-def test_the_command_writes_a_line_a_set_and_refuses_other_layouts(tmp_path, capsys, monkeypatch):
+def test_the_command_writes_a_line_a_set_and_refuses_other_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(together, "right_only", lambda model, world, queries: queries)
-    folder = tmp_path / "run"
-    options = ["--preset", "smoke", "--layout", "bidirectional", "--mixing", "tokens", "--steps",
-               "10", "--device", "cpu", "--out", str(folder)]
-    assert grok.main(options) == 0
-    assert together.main([str(folder)]) == 0
-    lines = json.loads((folder / "together.json").read_bytes())
+    four_positions = ["--layout", "bidirectional", "--mixing", "tokens"]
+    many = ["--ood-fraction", "0.4", "--phi", "1"]
+    runs = {"good": [*four_positions, *many], "few": four_positions, "causal": []}
+    for name, options in runs.items():
+        assert grok.main(["--preset", "smoke", "--steps", "10", "--device", "cpu", *options,
+                          "--out", str(tmp_path / name)]) == 0
+    capsys.readouterr()
+    assert together.main([str(tmp_path / name) for name in ("causal", "few", "good")]) == 2
+    refused = capsys.readouterr().err.splitlines()
+    assert "causal: is no run of four positions" in refused[0]
+    assert "few: answers too few OOD questions" in refused[1] and len(refused) == 2
+    lines = json.loads((tmp_path / "good/together.json").read_bytes())
     assert [len(line["sites"]) for line in lines] == [2, 3, 4]
     assert all(0 <= line["mixed_donors"] <= 1 and line["n"] > 0 for line in lines)
-    other = tmp_path / "other"
-    assert grok.main(["--preset", "smoke", "--steps", "10", "--device", "cpu", "--out",
-                      str(other)]) == 0
-    capsys.readouterr()
-    assert together.main([str(other)]) == 2
-    assert "is no run of four positions" in capsys.readouterr().err
