@@ -7,8 +7,8 @@ import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
-from itertools import product
+from functools import lru_cache, partial
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,8 @@ FEW = 100  # queries; a number that rests on fewer says on how many
 NO_RUN = "*no run yet*"
 NOT_MEASURED = "*not measured*"
 NEVER = ("steps", "ratio")  # kinds of Cells in which None is "never"
+FIELDS = ("mean", "least", "most", "n", "chance", "seeds", "without")  # the numbers of a Cell
+IN_WORDS = ("with_chance", "each")  # its text and its chance level; all values, seed by seed
 
 # The numbers of He et al., arXiv 2601.09049: one run each; steps in thousands.
 PAPER = {  # (start or regime, what): (number, where it stands)
@@ -151,11 +153,6 @@ class Cell:
         return replace(self, values=values) if self.kind in NEVER else self
 
     @property
-    def each(self):
-        """All values, seed by seed."""
-        return ", ".join(self.show(value) for value in self.values)
-
-    @property
     def seeds(self):
         return len(self.have)
 
@@ -191,6 +188,18 @@ class Cell:
             said += f" ({'; '.join(notes)})"
         return f"{said}, n = {self.n}" if self.n is not None and self.n < FEW else said
 
+    def field(self, name):
+        """One of FIELDS or IN_WORDS, as a reader meets it."""
+        if name == "text" or name == "with_chance" and not self.have:
+            return self.text()
+        if name == "with_chance":
+            return f"{self.text()}, chance {self.show(self.chance)}"
+        if name == "each":
+            return ", ".join(self.show(value) for value in self.values)
+        value = getattr(self, name)
+        is_size = name in ("n", "seeds", "without") and value is not None
+        return f"{value:,}" if is_size else self.show(value)
+
 
 NOTHING = Cell([])
 
@@ -210,36 +219,31 @@ MILESTONES = {  # measure: (split, level, which rate of the lens)
     "lens_.95": ("test_ood", 0.95, "any")}
 
 
-def trained_groups(runs):
-    """(group, its runs) of the runs that were trained from scratch in an old world."""
-    return [(group, members) for group, members in runs.groups.items()
-            if not members[0].config.new_facts]
-
-
-def tuned_groups(runs):
-    """(group, its runs) of the runs on new facts."""
-    return [(group, members) for group, members in runs.groups.items()
-            if members[0].config.new_facts]
-
-
-def training_cells(runs):
-    """{(group, measure): Cell}: steps of the first evaluation at which something holds, and shares
-    at the end."""
+def in_groups(groups, find):
+    """{(group, *keys): Cell} of what find(runs of a group), {keys: Cell}, finds in each group."""
     cells = {}
-    for group, members in trained_groups(runs):
-        for name, (split, level, lens) in MILESTONES.items():
-            steps = [first_step(run.history, level, split, lens) for run in members]
-            cells[group, name] = Cell(steps, "steps")
-        for level in (".5", ".9"):
-            pairs = zip(cells[group, f"answer_{level}"].values, cells[group, "fit"].values)
-            ratios = [step / fit if step and fit else None for step, fit in pairs]
-            cells[group, f"ratio_{level}"] = Cell(ratios, "ratio")
-        cells[group, "steps"] = Cell([members[0].config.steps], "count")
-        cells[group, "entities"] = Cell([members[0].config.n_entities], "count")
-        seconds = [run.history[-1].get("seconds") for run in members]
-        cells[group, "seconds"] = Cell(seconds, "count")
-        for name, cell in last_shares(members).items():
-            cells[group, name] = cell
+    for group, members in groups.items():
+        for keys, cell in find(members).items():
+            cells[(group, *keys)] = cell
+    return cells
+
+
+def training_cells(members):
+    """{(measure,): Cell}: steps of the first evaluation at which something holds, and shares at the
+    end."""
+    cells = {}
+    for name, (split, level, lens) in MILESTONES.items():
+        steps = [first_step(run.history, level, split, lens) for run in members]
+        cells[name,] = Cell(steps, "steps")
+    for level in (".5", ".9"):
+        pairs = zip(cells[f"answer_{level}",].values, cells["fit",].values)
+        ratios = [step / fit if step and fit else None for step, fit in pairs]
+        cells[f"ratio_{level}",] = Cell(ratios, "ratio")
+    cells["steps",] = Cell([members[0].config.steps], "count")
+    cells["entities",] = Cell([members[0].config.n_entities], "count")
+    cells["seconds",] = Cell([run.history[-1].get("seconds") for run in members], "count")
+    for name, cell in last_shares(members).items():
+        cells[name,] = cell
     return cells
 
 
@@ -279,45 +283,40 @@ def share_at(run, step, split):
     return get(line_at(run, step), f"accuracy {split}")
 
 
-def composition_cells(runs):
-    """{(group, measure): Cell}: how many training compositions a regime has in all, and how many
-    more than the natural one."""
+def composition_cells(members):
+    """{(measure,): Cell}: how many training compositions a regime has in all, and how many more
+    than the natural one."""
+    config = members[0].config
+    if not members[0].name.startswith(("small/", "long/", "map/")) or config.facts:
+        return {}
+    world = make_world(config)
+    n_train = len(make_splits(world, config)["train_inferred"].h)
+    n_natural = round(config.phi * np.count_nonzero(~world.is_ood))
+    return {("all",): Cell([n_train], "count"), ("extra",): Cell([n_train - n_natural], "count")}
+
+
+FILMED = {"fit": ("fitted", 0.99), "aim_.5": ("nearest_right", 0.5), "store_.5": ("own_code", 0.5),
+          "answer_.5": ("as_is", 0.5)}
+
+
+def film_cells(members):
+    """{(measure,): Cell} of filmed runs: the first frame in which something is .5 or more of the
+    OOD questions, and the training .99."""
+    films = [history_of(run.film) for run in members if run.film]
     cells = {}
-    for group, members in trained_groups(runs):
-        config = members[0].config
-        if group.startswith(("small/", "long/", "map/")) and not config.facts:
-            world = make_world(config)
-            n_train = len(make_splits(world, config)["train_inferred"].h)
-            n_natural = round(config.phi * np.count_nonzero(~world.is_ood))
-            cells[group, "all"] = Cell([n_train], "count")
-            cells[group, "extra"] = Cell([n_train - n_natural], "count")
-    return cells
+    for name, (measure, level) in FILMED.items():
+        steps = [first_step(film, level, measure) for film in films]
+        cells[name,] = Cell(steps, "steps")
+    return cells if films else {}
 
 
-def film_cells(runs):
-    """{(group, measure): Cell} of filmed runs: the first frame in which something is .5 or more of
-    the OOD questions, and the training .99."""
-    wanted = {"aim_.5": "nearest_right", "store_.5": "own_code", "answer_.5": "as_is"}
-    cells = {}
-    for group, members in trained_groups(runs):
-        films = [run.film for run in members if run.film]
-        if not films:
-            continue
-        steps = [first_frame(film, 0.99, "fitted") for film in films]
-        cells[group, "fit"] = Cell(steps, "steps")
-        for name, measure in wanted.items():
-            steps = [first_frame(film, 0.5, measure) for film in films]
-            cells[group, name] = Cell(steps, "steps")
-    return cells
-
-
-def first_frame(film, level, measure):
-    """Step of the first frame in which this is at the level or above, or None."""
+def history_of(film):
+    """Its frames as lines of a history, see Trainer.measure."""
+    history = []
     for frame in film:
-        value = frame[measure] if measure == "fitted" else frame["test_ood"][measure]
-        if value is not None and value >= level:
-            return frame["step"]
-    return None
+        shares = {"fitted": frame["fitted"], **frame["test_ood"]}
+        history.append({"step": frame["step"], "accuracy": shares})
+    return history
 
 
 # ---------------------------------------------------------------- the book: what is inside
@@ -366,20 +365,17 @@ def get(tree, path):
     return tree
 
 
-def inside_cells(runs, table):
-    """{(group, weights, split, measure): Cell} of one table of INSIDE."""
+def inside_cells(members, table):
+    """{(weights, split, measure): Cell} of one table of INSIDE."""
     cells = {}
-    for group, members in trained_groups(runs):
-        choices = product(WEIGHTS, SPLITS_OF[table], INSIDE[table].items())
-        for weights, split, (measure, paths) in choices:
-            paths = [path.replace("SPLIT", split) for path in paths]
-            cells[group, weights, split, measure] = inside_cell(members, weights, paths)
+    for weights, split, measure in product(WEIGHTS, SPLITS_OF[table], INSIDE[table]):
+        cells[weights, split, measure] = inside_cell(members, table, weights, split, measure)
     return cells
 
 
-def inside_cell(members, weights, paths):
-    """The Cell of one number of inside.json, by the paths of itself, of n and of its chance."""
-    value, n, chance = paths
+def inside_cell(members, table, weights, split, measure):
+    """The Cell of one number of inside.json."""
+    value, n, chance = [path.replace("SPLIT", split) for path in INSIDE[table][measure]]
     stages = [run.inside.get(weights) for run in members]
     sizes = [get(stage, n) for stage in stages if get(stage, n) is not None]
     if chance == "1/E":
@@ -390,15 +386,13 @@ def inside_cell(members, weights, paths):
     return Cell(values, n=sum(sizes) if sizes else None, chance=level)
 
 
-def site_cells(runs):
-    """{(group, weights): Cell}: where the bridge is used, in words; in how many runs, if they
-    differ."""
+def site_cells(members):
+    """{(weights,): Cell}: where the bridge is used, in words; in how many runs, if they differ."""
     cells = {}
-    for group, members in trained_groups(runs):
-        for weights in WEIGHTS:
-            sites = [get(run.inside, f"{weights} site") for run in members]
-            names = [name_of_site(site) for site in sites if site]
-            cells[group, weights] = Cell([counted(names) or NOT_MEASURED], "text")
+    for weights in WEIGHTS:
+        sites = [get(run.inside, f"{weights} site") for run in members]
+        names = [name_of_site(site) for site in sites if site]
+        cells[weights,] = Cell([counted(names) or NOT_MEASURED], "text")
     return cells
 
 
@@ -415,15 +409,11 @@ def name_of_site(site):
     return site["name"] if site["where"] in ("one site", "several passes") else "spread"
 
 
-def form_cells(runs):
-    """{(group,): Cell}: whether the state of ID questions shows the bridge first or last of the
-    entities at the end, seed by seed, in words."""
-    cells = {}
-    for group, members in trained_groups(runs):
-        words = [form_of(run) for run in members]
-        if None not in words:
-            cells[(group,)] = Cell([", ".join(words)], "text")
-    return cells
+def form_cells(members):
+    """{(): Cell}: whether the state of ID questions shows the bridge first or last of the entities
+    at the end, seed by seed, in words."""
+    words = [form_of(run) for run in members]
+    return {} if None in words else {(): Cell([", ".join(words)], "text")}
 
 
 def form_of(run):
@@ -440,59 +430,54 @@ def word_of(shares):
     return None
 
 
-def graft_cells(runs):
-    """{(group, measure): Cell}: of the runs whose mixing of positions started from another seed's
-    first weights, how many have that seed's form in the end, and how many keep their own."""
+def graft_cells(members):
+    """{(measure,): Cell}: of the runs whose mixing of positions started from another seed's first
+    weights, how many have that seed's form in the end, and how many keep their own."""
+    forms = {run.config.seed: form_of(run) for run in members}
+    follows = {"parted": [], "alike": []}  # whether the form is that of the grafted seed
+    for run in members:
+        for graft in run.grafts:
+            own = forms.get(run.config.seed)
+            theirs = forms.get(graft["seed"])
+            result = word_of(graft)
+            if None not in (own, theirs, result):
+                follows["parted" if own != theirs else "alike"].append(result == theirs)
     cells = {}
-    for group, members in trained_groups(runs):
-        forms = {run.config.seed: form_of(run) for run in members}
-        follows = {"parted": [], "alike": []}  # whether the form is that of the grafted seed
-        for run in members:
-            for graft in run.grafts:
-                own = forms.get(run.config.seed)
-                theirs = forms.get(graft["seed"])
-                result = word_of(graft)
-                if None not in (own, theirs, result):
-                    follows["parted" if own != theirs else "alike"].append(result == theirs)
-        for name, trials in follows.items():
-            if trials:
-                cells[group, name] = Cell([len(trials)], "count")
-                cells[group, f"{name}_follow"] = Cell([sum(trials)], "count")
+    for name, trials in follows.items():
+        if trials:
+            cells[name,] = Cell([len(trials)], "count")
+            cells[f"{name}_follow",] = Cell([sum(trials)], "count")
     return cells
 
 
-def grokfast_cells(runs):
-    """{(group, measure): Cell}: the runs trained anew with their slow gradients amplified."""
+def grokfast_cells(members):
+    """{(measure,): Cell}: the runs trained anew with their slow gradients amplified."""
+    lines = [run.grokfast for run in members if run.grokfast]
     cells = {}
-    for group, members in trained_groups(runs):
-        lines = [run.grokfast for run in members if run.grokfast]
-        for name, kind in (("fit", "steps"), ("nine_in_ten", "steps"), ("answer", "share")):
-            if lines:
-                cells[group, name] = Cell([line[name] for line in lines], kind)
-    return cells
+    for name, kind in (("fit", "steps"), ("nine_in_ten", "steps"), ("answer", "share")):
+        cells[name,] = Cell([line[name] for line in lines], kind)
+    return cells if lines else {}
 
 
 MAP_CORNERS = ("small/first_full", "small/second_full", "small/both_full")
 
 
-def map_cells(runs, compositions):
-    """{(hop1, hop2, measure): Cell}: the map of supervision, OOD questions at the end."""
-    wanted = {"answer": "aim_and_store as_is", "aim": "aim_and_store nearest_right",
-              "store": "aim_and_store own_code", "snapped": "aim_and_store snapped",
-              "seen": "seen paper", "used": "swaps donor"}
+MAP_MEASURES = {  # measure of the map: (table, measure) of OOD questions at the end
+    "answer": ("aim_and_store", "as_is"), "aim": ("aim_and_store", "nearest_right"),
+    "store": ("aim_and_store", "own_code"), "snapped": ("aim_and_store", "snapped"),
+    "seen": ("seen", "paper"), "used": ("swaps", "donor")}
+
+
+def map_cells(groups, book):
+    """{(hop1, hop2, measure): Cell}: the map of supervision."""
     cells = {}
-    for group, members in runs.groups.items():
-        if not is_of_map(group):
-            continue
-        config = members[0].config
-        place = (f"{config.hop1:g}", f"{config.hop2:g}")
-        for name, where in wanted.items():
-            table, measure = where.split()
-            paths = [path.replace("SPLIT", "test_ood") for path in INSIDE[table][measure]]
-            cells[(*place, name)] = inside_cell(members, "end", paths)
-        cells[(*place, "trained_answer")] = Cell([run.history[-1]["accuracy"]["test_ood"]
-                                                  for run in members])
-        cells[(*place, "extra")] = compositions[group, "extra"]
+    for group, members in groups.items():
+        if is_of_map(group):
+            place = (f"{members[0].config.hop1:g}", f"{members[0].config.hop2:g}")
+            for name, (table, measure) in MAP_MEASURES.items():
+                cells[(*place, name)] = book[table][group, "end", "test_ood", measure]
+            cells[(*place, "trained_answer")] = book["training"][group, "test_ood"]
+            cells[(*place, "extra")] = book["compositions"][group, "extra"]
     return cells
 
 
@@ -569,7 +554,7 @@ def data_cells(runs):
 
 
 def class_cells(runs):
-    """{(phi, share of OOD facts, class): Cell} of the same map: 1 for a run of the class, else 0."""
+    """{(phi, share of OOD facts, class): Cell} of that map: 1 for a run of the class, else 0."""
     parts = {"memorises": "memorises", "circuit": "circuit", "for_all": "full circuit"}
     cells = {}
     for phi, ood, classes, _ in squares_of_data(runs):
@@ -579,33 +564,30 @@ def class_cells(runs):
 
 
 # ---------------------------------------------------------------- the book: new facts
-def new_facts_cells(runs):
-    """{(group, when, split): Cell}: what is right after 500 and 2,000 steps and at the end, and
-    what r2 alone gives."""
+def new_facts_cells(members):
+    """{(when, split): Cell}: what is right after 500 and 2,000 steps and at the end, and what r2
+    alone gives."""
     cells = {}
-    for group, members in tuned_groups(runs):
-        for split in NEW:
-            if split in members[0].history[-1]["accuracy"]:
-                guesses = [get(run.inside, f"r2_alone {split}") for run in members]
-                cells[group, "r2_alone", split] = Cell(guesses)
-        last = members[0].config.steps
-        for when, step in (("500", 500), ("2000", 2000), ("end", last)):
-            for split in members[0].history[-1]["accuracy"]:
-                guess = cells.get((group, "r2_alone", split), NOTHING)
-                shares = [share_at(run, step, split) for run in members]
-                cells[group, when, split] = Cell(shares, chance=guess.mean)
-        cells[group, "end", "steps"] = Cell([last], "count")
+    last = members[0].history[-1]
+    for split in last["accuracy"]:
+        if split in NEW:
+            guesses = [get(run.inside, f"r2_alone {split}") for run in members]
+            cells["r2_alone", split] = Cell(guesses)
+    for when, step in (("500", 500), ("2000", 2000), ("end", last["step"])):
+        for split in last["accuracy"]:
+            guess = cells.get(("r2_alone", split), NOTHING)
+            shares = [share_at(run, step, split) for run in members]
+            cells[when, split] = Cell(shares, chance=guess.mean)
+    cells["end", "steps"] = Cell([last["step"]], "count")
     return cells
 
 
-def new_facts_aim_cells(runs):
-    """{(group, split, measure): Cell}: aim and store in compositions with new facts, at the end."""
+def new_facts_aim_cells(members):
+    """{(split, measure): Cell}: aim and store in compositions with new facts, at the end."""
     cells = {}
-    for group, members in tuned_groups(runs):
-        for split, (measure, paths) in product(NEW, INSIDE["aim_and_store"].items()):
-            if split in members[0].history[-1]["accuracy"]:
-                paths = [path.replace("SPLIT", split) for path in paths]
-                cells[group, split, measure] = inside_cell(members, "end", paths)
+    for split, measure in product(NEW, INSIDE["aim_and_store"]):
+        if split in members[0].history[-1]["accuracy"]:
+            cells[split, measure] = inside_cell(members, "aim_and_store", "end", split, measure)
     return cells
 
 
@@ -654,44 +636,19 @@ RUN_COLUMNS = {  # column: path in inside.json at the end, OOD questions
     "n_swapped": "site test_ood n", "where": "site where", "site": "site name"}
 
 
-def rows_of_runs(runs):
+def rows_of_runs(groups):
     """One dict a run that was looked into: its name, preset, the RUN_COLUMNS, what four sites
     together redirect (None if that was not tried), its class."""
     rows = []
-    for _, members in trained_groups(runs):
-        for run in members:
-            if "end" in run.inside:
-                row = {"run": run.name, "preset": run.config.preset}
-                for column, path in RUN_COLUMNS.items():
-                    row[column] = get(run.inside["end"], path)
-                row["together"] = run.together[-1]["mixed_donors"] if run.together else None
-                row["class"] = class_of(run)
-                rows.append(row)
+    for run in chain(*groups.values()):
+        if "end" in run.inside:
+            row = {"run": run.name, "preset": run.config.preset}
+            for column, path in RUN_COLUMNS.items():
+                row[column] = get(run.inside["end"], path)
+            row["together"] = run.together[-1]["mixed_donors"] if run.together else None
+            row["class"] = class_of(run)
+            rows.append(row)
     return rows
-
-
-def count_cells(rows):
-    """{(what,): Cell} of how many runs were opened, answer half, are redirected by a donor, else by
-    codes, or by neither, and of how many of them the lens sees less than half."""
-    half = answering_half(rows)
-    sizes = {"opened": len(rows), "half": len(half), "used": 0, "coded": 0, "unseen": 0}
-    for row in half:
-        if redirects(row, "donor"):
-            sizes["used"] += 1
-        elif redirects(row, "code"):
-            sizes["coded"] += 1
-        if row["seen"] is not None and row["seen"] < 0.5:
-            sizes["unseen"] += 1
-    sizes["unexplained"] = len(exceptions(rows))
-    return {(name,): Cell([size], "count") for name, size in sizes.items()}
-
-
-def hours(runs):
-    """How long all runs trained, on one core each."""
-    seconds = 0.0
-    for members in runs.groups.values():
-        seconds += sum(run.history[-1].get("seconds", 0) for run in members)
-    return Cell([seconds / 3600], "count")
 
 
 def answering_half(rows):
@@ -699,30 +656,50 @@ def answering_half(rows):
     return [row for row in rows if row["answer"] is not None and row["answer"] >= 0.5]
 
 
-def redirects(row, swap):
-    """Whether a swap, "donor" or "code", redirects .8 of the right answers of a run."""
-    return row[swap] is not None and row[swap] >= 0.8
+def redirected_by(row):
+    """Which swap redirects .8 of the right answers of a run: "donor", else "code", else None."""
+    for swap in ("donor", "code"):
+        if row[swap] is not None and row[swap] >= 0.8:
+            return swap
+    return None
 
 
 def exceptions(rows):
     """The runs that answer half or more, of which no swap is known to redirect .8."""
-    return [row for row in answering_half(rows)
-            if not redirects(row, "donor") and not redirects(row, "code")]
+    return [row for row in answering_half(rows) if redirected_by(row) is None]
+
+
+def count_cells(runs, rows):
+    """{(what,): Cell} of how many runs were opened, answer half, are redirected by a donor, else by
+    codes, or by neither, and of how many of them the lens sees less than half; and how many hours
+    all runs trained, on one core each."""
+    half = answering_half(rows)
+    swaps = [redirected_by(row) for row in half]
+    unseen = [row for row in half if row["seen"] is not None and row["seen"] < 0.5]
+    seconds = sum(run.history[-1].get("seconds", 0) for run in chain(*runs.groups.values()))
+    numbers = {"opened": len(rows), "half": len(half), "used": swaps.count("donor"),
+               "coded": swaps.count("code"), "unseen": len(unseen),
+               "unexplained": swaps.count(None), "hours": seconds / 3600}
+    return {(name,): Cell([number], "count") for name, number in numbers.items()}
 
 
 # ---------------------------------------------------------------- the book itself
+PER_RUN = ("runs", "measure")
 INNER = ("runs", "weights", "questions", "measure")
-KEYS = {"training": ("runs", "measure"), "compositions": ("runs", "measure"),
-        "film": ("runs", "measure"), "aim_and_store": INNER, "swaps": INNER, "seen": INNER,
-        "map": ("hop1", "hop2", "measure"), "new_facts": ("runs", "when", "questions"),
+KEYS = {"training": PER_RUN, "compositions": PER_RUN, "film": PER_RUN, "aim_and_store": INNER,
+        "swaps": INNER, "seen": INNER, "map": ("hop1", "hop2", "measure"),
+        "new_facts": ("runs", "when", "questions"),
         "new_facts_aim": ("runs", "questions", "measure"), "r2_alone": ("world", "measure"),
         "counts": ("measure",), "derived": ("measure",), "needed": ("hops", "measure"),
-        "site": ("runs", "weights"), "form": ("runs",),
-        "graft": ("runs", "measure"), "grokfast": ("runs", "measure"),
-        "data": ("phi", "ood_fraction"), "classes": ("phi", "ood_fraction", "class"), "paper": ("runs", "measure")}
+        "site": ("runs", "weights"), "form": ("runs",), "graft": PER_RUN, "grokfast": PER_RUN,
+        "data": ("phi", "ood_fraction"), "classes": ("phi", "ood_fraction", "class"),
+        "paper": PER_RUN}
 # of words, or with a file of its own
 NO_CSV = ("needed", "site", "form", "graft", "data", "classes", "paper", "derived")
-FIELDS = ("mean", "least", "most", "n", "chance", "seeds", "without")
+FIND_TRAINED = {"training": training_cells, "compositions": composition_cells, "film": film_cells,
+                "site": site_cells, "form": form_cells, "graft": graft_cells,
+                "grokfast": grokfast_cells}
+FIND_TUNED = {"new_facts": new_facts_cells, "new_facts_aim": new_facts_aim_cells}
 
 
 class Book(dict):
@@ -730,25 +707,25 @@ class Book(dict):
 
     def __init__(self, runs):
         super().__init__()
+        trained = {}  # {group: its runs}, from scratch in an old world
+        tuned = {}    # the same of runs on new facts
+        for group, members in runs.groups.items():
+            kind = tuned if members[0].config.new_facts else trained
+            kind[group] = members
         self.runs = runs
-        self.rows = rows_of_runs(runs)
-        self["training"] = training_cells(runs)
-        self["compositions"] = composition_cells(runs)
-        self["film"] = film_cells(runs)
+        self.rows = rows_of_runs(trained)
+        for table, find in FIND_TRAINED.items():
+            self[table] = in_groups(trained, find)
         for table in INSIDE:
-            self[table] = inside_cells(runs, table)
-        self["site"] = site_cells(runs)
-        self["form"] = form_cells(runs)
-        self["graft"] = graft_cells(runs)
-        self["grokfast"] = grokfast_cells(runs)
-        self["map"] = map_cells(runs, self["compositions"])
+            self[table] = in_groups(trained, partial(inside_cells, table=table))
+        for table, find in FIND_TUNED.items():
+            self[table] = in_groups(tuned, find)
+        self["map"] = map_cells(trained, self)
         self["needed"] = needed_cells(self["map"])
         self["data"] = data_cells(runs)
         self["classes"] = class_cells(runs)
-        self["new_facts"] = new_facts_cells(runs)
-        self["new_facts_aim"] = new_facts_aim_cells(runs)
         self["r2_alone"] = r2_alone_cells()
-        self["counts"] = {**count_cells(self.rows), ("hours",): hours(runs)}
+        self["counts"] = count_cells(runs, self.rows)
         self["paper"] = {keys: Cell([text], "text") for keys, (text, _) in PAPER.items()}
         self["derived"] = {(name,): Cell([number]) for name, number in
                            derived_numbers(self).items()}
@@ -773,18 +750,10 @@ class Book(dict):
 
     def say(self, words):
         """The text of the Cell at "TABLE KEY ...", or of a FIELD of it."""
-        *most, last = words.split()
-        if last not in (*FIELDS, "with_chance", "each"):
-            most = words.split()
-        cell = self.look(" ".join(most))
+        where, _, name = words.rpartition(" ")
+        if name not in (*FIELDS, *IN_WORDS):
+            where, name = words, "text"
+        cell = self.look(where)
         if not cell.values:
-            return NOT_MEASURED if self.runs.groups.keys() & set(most) else NO_RUN
-        if most == words.split():
-            return cell.text()
-        if last == "with_chance":
-            return f"{cell.text()}, chance {cell.show(cell.chance)}" if cell.have else cell.text()
-        value = getattr(cell, last)
-        if last == "each":
-            return value
-        is_count = last in ("n", "seeds", "without") and value is not None
-        return f"{value:,}" if is_count else cell.show(value)
+            return NOT_MEASURED if self.runs.groups.keys() & set(where.split()) else NO_RUN
+        return cell.field(name)

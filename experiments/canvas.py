@@ -48,13 +48,6 @@ class Shelf:
         self.groups = runs.groups  # {"small/natural": [Run, ...]}
         self.left_out = {}         # {name of a run: why}, since it was last emptied
 
-    def all(self):
-        """All runs, group by group."""
-        runs = []
-        for group in self.groups.values():
-            runs.extend(group)
-        return runs
-
     def measured(self, runs, part="end"):
         """Those of the runs whose inside.json has this part."""
         for run in runs:
@@ -62,15 +55,13 @@ class Shelf:
                 self.left_out[run.name] = "was not measured"
         return [run for run in runs if part in run.inside]
 
-    def group(self, name):
-        """The seeds of a group; raises Absent if there are none."""
-        if name not in self.groups:
+    def group(self, name, part=None):
+        """The seeds of a group, or those of them that are `measured`; Absent if there is none."""
+        runs = self.groups.get(name, [])
+        if not runs:
             raise Absent(f"no finished run of {name}")
-        return self.groups[name]
-
-    def measured_group(self, name):
-        """Those of its seeds that were measured; raises Absent if there are none."""
-        runs = self.measured(self.group(name))
+        if part is not None:
+            runs = self.measured(runs, part)
         if not runs:
             raise Absent(f"no finished run of {name} that was measured")
         return runs
@@ -82,11 +73,6 @@ def shares_of(run, split):
 
 
 # ---------------------------------------------------------------- what the pictures share
-def mean_of(seeds, key):
-    """The mean over seeds, each a dict, of what they have under this key; see `mean`."""
-    return mean(seed[key] for seed in seeds)
-
-
 def mean(values):
     """The mean of those that were measured; nan if none was."""
     measured = [value for value in values if value is not None]
@@ -98,10 +84,6 @@ def span(numbers, write=short):
     low = write(min(numbers))
     high = write(max(numbers))
     return low if low == high else f"{low} to {high}"
-
-
-def whole(number):
-    return f"{number:,}"
 
 
 def tick(share):
@@ -139,13 +121,20 @@ def show_shares(axes, along="y"):
     axes.grid(axis=along)
 
 
+def write_shares(axes, values, least=0.0):
+    """The numbers of a map, of those that are so large at least; what is nan has none."""
+    for (row, column), value in np.ndenumerate(values):
+        if value >= least:
+            axes.text(column, row, short(value), ha="center", va="center", fontsize=8,
+                      color="white" if value > 0.6 else "black")
+
+
 def new_curves(ylabel, xlabel):
     """(figure, axes) for shares along steps."""
     figure = Figure((WIDTH, 3.8), layout="constrained")
     axes = figure.subplots()
     show_shares(axes)
-    axes.set_ylabel(ylabel)
-    axes.set_xlabel(xlabel)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     return figure, axes
 
@@ -166,13 +155,9 @@ def draw_curves(axes, steps, curves):
 def label_ends(axes, x, ends):
     """Names beside the ends of lines, {name: (color, height)}, pushed down until none overlap."""
     next_height = 1.1
-    for name, (color, height) in sorted(ends.items(), key=height_of, reverse=True):
+    from_the_top = sorted(ends.items(), key=lambda item: item[1][1], reverse=True)
+    for name, (color, height) in from_the_top:
         height = min(height, next_height)
         axes.annotate(name, (x, height), (7, 0), textcoords="offset points", va="center",
                       color=color, annotation_clip=False)
         next_height = height - (0.14 if "\n" in name else 0.08)
-
-
-def height_of(item):
-    _, (_, height) = item
-    return height

@@ -1,15 +1,21 @@
 """The charts of README and results page, one function each; a Shelf of runs gives their numbers."""
+from itertools import chain
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from analyze import short
-from experiments.book import get, is_of_map, share_at
+from experiments.book import MAP_MEASURES, get, inside_cell, is_of_map, share_at
 from experiments.canvas import (BLUE, GREEN, GREY, INDIGO, PURPLE, SAND, SKY, WIDTH, WINE, Absent,
-                                draw_curves, mean, mean_of, name_of, name_seeds, new_curves,
-                                set_message, shares_of, show_shares, span, steps_of, tick, whole)
+                                draw_curves, mean, name_of, name_seeds, new_curves, set_message,
+                                shares_of, show_shares, span, steps_of, tick, write_shares)
+from experiments.verdicts import SHARES
 from grok import first_step
+
+WHOLE = "{:,}".format  # 1,500: a step as it is told
+
 
 # ---------------------------------------------------------------- it groks
 def hero(runs):
@@ -43,12 +49,12 @@ def say_when(fits, answers):
     """The message of `hero`, from the steps of the fit and of nine OOD answers in ten."""
     if None in fits:
         return f"{fits.count(None)} of {len(fits)} seeds do not fit their training"
-    known = f"It has fitted its training at step {span(fits, whole)}"
+    known = f"It has fitted its training at step {span(fits, WHOLE)}"
     waits = [step - fit for fit, step in zip(fits, answers) if step is not None]
     if not waits:
         return f"{known}; pairs of OOD facts have not come when training ends"
     where = "" if len(waits) == len(fits) else f", in {len(waits)} of {len(fits)} seeds"
-    return f"{known}; pairs of OOD facts come {span(waits, whole)} steps later{where}"
+    return f"{known}; pairs of OOD facts come {span(waits, WHOLE)} steps later{where}"
 
 
 # ---------------------------------------------------------------- store and aim
@@ -61,20 +67,14 @@ BAR_PARTS = {"answered as it is": BLUE,
 
 def store_aim(runs):
     """What stands between an OOD question and its right answer, at the fit and at the end."""
-    groups = {"small/natural": runs.measured_group("small/natural")}
-    for beside in ("trm/natural", "small/second_full"):
-        seeds = runs.measured(runs.groups.get(beside, []))
-        if seeds:
-            groups[beside] = seeds
-            break
+    groups = {name: runs.group(name, "fit") for name in ("small/natural", "trm/natural")}
     figure = Figure((WIDTH, 4.4), layout="constrained")
     told = []
-    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(groups), sharey=True)
     for axes, group in zip(panels, groups):
         aims = {}
-        seeds = [run for run in groups[group] if "fit" in run.inside]  # one may never have fitted
         for stage in ("fit", "end"):
-            aims[stage] = [run.inside[stage]["aim"]["test_ood"] for run in seeds]
+            aims[stage] = [run.inside[stage]["aim"]["test_ood"] for run in groups[group]]
         draw_aims(axes, aims)
         axes.set_title(name_of(group, groups[group]))
         told.append(say_gains(group, aims))
@@ -90,7 +90,7 @@ def draw_aims(axes, aims):
     """A stacked bar a stage, {stage: [aim_and_store of a seed]}, and each seed's levels."""
     names = []
     for x, (stage, seeds) in enumerate(aims.items()):
-        levels = [mean_of(seeds, level) for level in LEVELS] + [1.0]
+        levels = [mean(seed[level] for seed in seeds) for level in LEVELS] + [1.0]
         bottom = 0.0
         for level, color in zip(levels, BAR_PARTS.values()):
             top = max(bottom, level)  # a step that mends nothing, or less than nothing, has no part
@@ -136,9 +136,8 @@ def film(runs):
     steps = [frame["step"] for frame in films[0]]
     figure, axes = new_curves("share of OOD questions",
                               f"training step ({name_of('small/natural', group)})")
-    stores = [curve_of(frames, "own_code") for frames in films]                # (seeds, steps)
-    aims = [curve_of(frames, "nearest_right") for frames in films]
-    answers = [curve_of(frames, "as_is") for frames in films]
+    stores, aims, answers = [curves_of(films, key)
+                             for key in ("own_code", "nearest_right", "as_is")]
     draw_curves(axes, steps, {"store: the right\ncode is answered": (PURPLE, stores),
                               "aim: the nearest\ncode is right": (GREEN, aims),
                               "answered as it is": (BLUE, answers)})
@@ -148,19 +147,20 @@ def film(runs):
     axes.axvspan(min(fits) - 8, max(fits) + 8, color="0.85", linewidth=0, zorder=0)
     axes.text(max(fits), 1.0, "  the fit of the training", va="center")
     at_fit = int(np.searchsorted(steps, max(fits)))
-    store = np.mean(stores, axis=0)[at_fit:]
-    aim = np.mean(aims, axis=0)[at_fit:]
-    answer = np.mean(answers, axis=0)[at_fit:]
-    below = (answer <= np.minimum(store, aim) + 0.02).all()
+    store, aim, answer = [curves.mean(axis=0)[at_fit:] for curves in (stores, aims, answers)]
+    do = "stay below both" if (answer <= np.minimum(store, aim) + 0.02).all() else "go"
     set_message(figure, f"From step {steps[at_fit]:,} on, when every seed is fitted, hop 2 gets "
-                f"stored ({rise(store)}) and hop 1 aimed ({rise(aim)}); the answers {'stay below both' if below else 'go'} "
+                f"stored ({rise(store)}) and hop 1 aimed ({rise(aim)}); the answers {do} "
                 f"({rise(answer)})")
     return figure
 
 
-def curve_of(frames, key):
-    """One number of the OOD questions along a film."""
-    return [frame["test_ood"][key] for frame in frames]
+def curves_of(films, key):
+    """One number of the OOD questions along films, (seeds, steps)."""
+    curves = []
+    for film in films:
+        curves.append([frame["test_ood"][key] for frame in film])
+    return np.array(curves)
 
 
 def rise(curve):
@@ -182,29 +182,22 @@ def kind_of(run):
     return "tiny" if run.config.preset == "tiny" else "small"
 
 
-def shares_seen_and_used(run):
-    """{"seen", "seen_chance", "used", "used_chance"} of the OOD questions at the end; None if one
-    of them was not measured."""
-    measured = run.inside["end"]
-    lens = measured["test_ood"]["seen"]["paper"]
-    swaps = measured["site"]["test_ood"]
-    shares = {"seen": lens["any"], "seen_chance": lens["any_chance"], "used": swaps["donor"],
-              "used_chance": swaps["noise"]}
-    return None if None in shares.values() else shares
+PLACES = {"seen": "test_ood seen paper any", "seen_chance": "test_ood seen paper any_chance",
+          "used": "site test_ood donor", "used_chance": "site test_ood noise"}  # in inside.json
 
 
 def seen_used(runs):
     """One point a run that answers half or more of its OOD questions."""
-    points = {}
-    for run in runs.all():
+    points = []
+    for run in chain(*runs.groups.values()):
         answer = get(run.inside, "end aim test_ood as_is")
         if answer is None or answer < 0.5:
             continue
-        shares = shares_seen_and_used(run)
-        if shares is None:
+        shares = {name: get(run.inside["end"], place) for name, place in PLACES.items()}
+        if None in shares.values():
             runs.left_out[run.name] = "has no lens or no swaps (0 queries)"
         else:
-            points[run.name] = {"kind": kind_of(run), **shares}
+            points.append({"kind": kind_of(run), **shares})
     if not points:
         raise Absent("no measured run that answers half of its OOD questions")
     figure = Figure((WIDTH, 5.4), layout="constrained")
@@ -215,8 +208,8 @@ def seen_used(runs):
     show_shares(axes)
     axes.set_xlabel("seen: share of OOD bridges that the paper's lens shows, at any place")
     axes.set_ylabel("used: share of right OOD answers that a swap redirects")
-    n_used = sum(point["used"] >= 0.8 for point in points.values())
-    n_unseen = sum(point["seen"] < 0.5 for point in points.values())
+    n_used = sum(point["used"] >= 0.8 for point in points)
+    n_unseen = sum(point["seen"] < 0.5 for point in points)
     set_message(figure, f"Of {len(points)} runs that answer half of the OOD questions, a swap "
                 f"redirects .8 or more of the answers in {n_used}; the lens sees less than half of "
                 f"the bridges in {n_unseen}")
@@ -226,14 +219,14 @@ def seen_used(runs):
 def draw_points(axes, points):
     """The points by kind, each with a line from what chance would give the lens; a band is what
     noise redirects."""
-    for point in points.values():
+    for point in points:
         axes.plot([point["seen_chance"], point["seen"]], [point["used"]] * 2, color="0.75",
                   linewidth=1, zorder=1)
-    chance = [point["used_chance"] for point in points.values()]
+    chance = [point["used_chance"] for point in points]
     axes.axhspan(min(chance), max(chance), color="0.9", linewidth=0, zorder=0)
     axes.text(0.99, max(chance) + 0.01, "redirected by noise", ha="right", va="bottom")
     for kind, color in KINDS.items():
-        chosen = [point for point in points.values() if point["kind"] == kind]
+        chosen = [point for point in points if point["kind"] == kind]
         if chosen:
             axes.plot([point["seen"] for point in chosen], [point["used"] for point in chosen],
                       "o", markersize=7.5, alpha=0.75, color=color, markeredgecolor="white",
@@ -248,29 +241,13 @@ PANELS = {"answer": "answered as it is", "aim": "aim of hop 1:\nthe nearest code
 
 def supervision(runs):
     """The four panels over the shares of OOD facts that are supervised as hop 1 and as hop 2."""
-    cells = {}
-    for group, members in runs.groups.items():
-        if not is_of_map(group):
-            continue
-        for run in runs.measured(members):
-            cells.setdefault((run.config.hop1, run.config.hop2), []).append(read_cell(run))
-    if not cells:
+    maps, chances = read_maps(runs)
+    if not chances:
         raise Absent("no measured run of map")
-    shares = {0.0, 0.25, 0.5, 0.75, 1.0}
-    for hop1, hop2 in cells:
-        shares.update((hop1, hop2))
-    grid = sorted(shares)
-    maps = {}
-    for panel in PANELS:
-        maps[panel] = np.full((len(grid), len(grid)), np.nan)           # (hop 1, hop 2)
-        for (hop1, hop2), seeds in cells.items():
-            where = (grid.index(hop1), grid.index(hop2))
-            maps[panel][where] = mean(cell[panel] for cell in seeds)
     figure = Figure((WIDTH, 2.9), layout="constrained")
     for axes, (panel, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
-        draw_panel(axes, maps[panel], grid, "Oranges" if panel == "seen" else "Blues")
+        draw_panel(axes, maps[panel], "Oranges" if panel == "seen" else "Blues")
         axes.set_title(title, fontsize=9)
-    chances = [mean_of(seeds, "chance") for seeds in cells.values()]
     figure.axes[-1].set_title(f"{PANELS['seen']}\n(chance {span(chances)})", fontsize=9)
     figure.axes[0].set_ylabel("share supervised as hop 1")
     figure.supxlabel("share of the OOD facts supervised as hop 2", fontsize=9)
@@ -278,27 +255,36 @@ def supervision(runs):
     return figure
 
 
-def read_cell(run):
-    """The numbers of one run: one a panel, and the chance level of the lens."""
-    end = run.inside["end"]
-    aim = end["aim"]["test_ood"]
-    lens = end["test_ood"]["seen"]["paper"]
-    return {"answer": aim["as_is"], "aim": aim["nearest_right"], "store": aim["own_code"],
-            "seen": lens["any"], "chance": lens["any_chance"]}
+def read_maps(runs):
+    """({panel: its shares (hop 1, hop 2), nan where none was measured}, chances of the lens)."""
+    maps = {panel: np.full((len(SHARES), len(SHARES)), np.nan) for panel in PANELS}
+    chances = []
+    for group, members in runs.groups.items():
+        if not is_of_map(group) or not runs.measured(members):
+            continue
+        config = members[0].config
+        if not {config.hop1, config.hop2} <= set(SHARES):
+            runs.left_out[group] = "has other shares than the map"
+            continue
+        for panel, shares in maps.items():
+            table, measure = MAP_MEASURES[panel]
+            cell = inside_cell(members, table, "end", "test_ood", measure)
+            shares[SHARES.index(config.hop1), SHARES.index(config.hop2)] = mean(cell.values)
+            if panel == "seen":
+                chances.append(cell.chance)
+    return maps, chances
 
 
-def draw_panel(axes, values, grid, shades):
+def draw_panel(axes, values, shades):
     """A map with its numbers; what was not trained or not measured is hatched."""
     axes.imshow(values, vmin=0, vmax=1, cmap=shades, origin="lower")
-    for (row, column), value in np.ndenumerate(values):
-        if np.isnan(value):
-            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="////",
-                                     linewidth=0, edgecolor="0.7"))
-        else:
-            axes.text(column, row, short(value), ha="center", va="center", fontsize=8,
-                      color="white" if value > 0.6 else "black")
-    axes.set_xticks(range(len(grid)), [tick(share) for share in grid])
-    axes.set_yticks(range(len(grid)), [tick(share) for share in grid])
+    write_shares(axes, values)
+    for row, column in np.argwhere(np.isnan(values)):
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="////",
+                                 linewidth=0, edgecolor="0.7"))
+    shares = [tick(share) for share in SHARES]
+    axes.set_xticks(range(len(shares)), shares)
+    axes.set_yticks(range(len(shares)), shares)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
@@ -373,7 +359,7 @@ def moment(steps):
     if not reached:
         return "never"
     seeds = f", in {len(reached)} of {len(steps)} seeds" if len(reached) < len(steps) else ""
-    return f"at step {span(reached, whole)}{seeds}"
+    return f"at step {span(reached, WHOLE)}{seeds}"
 
 
 # ---------------------------------------------------------------- new facts
@@ -388,16 +374,14 @@ FROM_THE_END = {"the MLP as it was": {0.0: "tune/long_natural_end",
 
 def new_facts(runs):
     """What new facts serve for, by the share of them that was exposed, and by the MLP."""
-    panels = {}
-    for title, groups in FROM_THE_END.items():
-        panels[title] = {share: runs.group(group) for share, group in groups.items()}
     figure = Figure((WIDTH, 3.9), layout="constrained")
     means = {}
-    for axes, (title, groups) in zip(figure.subplots(1, 2, sharey=True), panels.items()):
+    for axes, (title, names) in zip(figure.subplots(1, 2, sharey=True), FROM_THE_END.items()):
+        groups = {share: runs.group(name, "r2_alone") for share, name in names.items()}
         means[title] = {split: draw_exposure(axes, groups, split, color)
                         for split, (_, color) in SERVED.items()}
         for share, group in groups.items():
-            draw_r2_alone(axes, runs.measured(group, "r2_alone"), (share - 0.02, share + 0.02), {})
+            draw_r2_alone(axes, group, share - 0.02, share + 0.02)
         axes.set_title(f"{title} ({name_seeds(groups[0.0])})")
         axes.set_xlabel("share of the new facts that is exposed")
         axes.set_xticks(list(groups), [tick(share) for share in groups])
@@ -417,7 +401,6 @@ def draw_exposure(axes, groups, split, color):
     means = {}
     for share, group in groups.items():
         values = [share_at(run, 2000, split) for run in group]
-        values = [value for value in values if value is not None]
         means[share] = mean(values)
         axes.plot([share] * len(values), values, "o", color=color, markersize=5, alpha=0.6,
                   clip_on=False)
@@ -425,24 +408,18 @@ def draw_exposure(axes, groups, split, color):
     return means
 
 
-def draw_r2_alone(axes, runs, ends, key):
-    """Ticks from end to end at what r2 alone gives, see experiments/measure.py; those of hop 2 and
-    of two new facts, which lie close together, take one half each."""
-    style = {"linewidth": 3, "solid_capstyle": "butt"}
-    left, right = ends
+ALONE = {"linewidth": 3, "solid_capstyle": "butt"}
+
+
+def draw_r2_alone(axes, runs, left, right):
+    """Ticks from left to right at what r2 alone gives, see experiments/measure.py; those of hop 2
+    and of two new facts, which lie close together, take one half each."""
     middle = (left + right) / 2
-    ends_of = {"new_old": (left, right), "old_new": (left, middle), "new_new": (middle, right)}
+    ends = {"new_old": (left, right), "old_new": (left, middle), "new_new": (middle, right)}
     for run in runs:
-        key["what r2 alone gives"] = style
         for split, share in run.inside["r2_alone"].items():
             if split in SERVED:
-                axes.plot(ends_of[split], [share] * 2, color=SERVED[split][1], zorder=1, **style)
-
-
-def add_key(axes, key, place="upper left"):
-    """What the kinds of lines mean, {text: style}."""
-    axes.legend(handles=[Line2D([], [], color="0.3", label=text, **style)
-                         for text, style in key.items()], loc=place)
+                axes.plot(ends[split], [share] * 2, color=SERVED[split][1], zorder=1, **ALONE)
 
 
 def say_new_facts(kept, drawn):
@@ -453,34 +430,33 @@ def say_new_facts(kept, drawn):
         levels = (kept[split][0.0], kept[split][max(kept[split])], drawn[split][0.0])
         shares[split] = [short(level) for level in levels]
     alone, exposed, afresh = shares["new_old"]
-    return (f"New facts serve as hop 1 in {alone}, with half of them exposed in {exposed}, with the "
-            f"MLP drawn afresh in {afresh}; as hop 2 in {', '.join(shares['old_new'])}; two of "
+    return (f"New facts serve as hop 1 in {alone}, with half of them exposed in {exposed}, with "
+            f"the MLP drawn afresh in {afresh}; as hop 2 in {', '.join(shares['old_new'])}; two of "
             f"them are chained in {', '.join(shares['new_new'])}")
 
 
 def tuned(runs):
     """Compositions with new facts while a trained model is fine-tuned."""
-    group = runs.group("tune/long_natural_end")
+    group = runs.group("tune/long_natural_end", "r2_alone")
     steps = steps_of(group)
     figure, axes = new_curves("two-step questions answered", "step of fine-tuning (small, natural, "
                               f"from the end; {len(group)} seeds)")
-    curves = {}
-    means = {}
-    for split, (name, color) in SERVED.items():
-        shares = np.array([shares_of(run, split) for run in group])             # (seeds, steps)
-        curves[name] = (color, shares)
-        means[split] = shares.mean(axis=0)
-    draw_curves(axes, steps, curves)
+    shares = {}
+    for split in SERVED:
+        shares[split] = np.array([shares_of(run, split) for run in group])      # (seeds, steps)
+    draw_curves(axes, steps, {name: (color, shares[split])
+                              for split, (name, color) in SERVED.items()})
     axes.set_xscale("log")
     axes.set_xlim(steps[0], steps[-1])
     shown = [step for step in (200, 500, 1000, 2000, 4000, 6000) if steps[0] <= step <= steps[-1]]
     axes.set_xticks(shown, [f"{step:,}" for step in shown])
     axes.minorticks_off()
-    key = {"one seed": {"linewidth": 0.8}}
-    draw_r2_alone(axes, runs.measured(group, "r2_alone"), (steps[0], 1.12 * steps[0]), key)
-    add_key(axes, key)
-    most_chained = curves[SERVED["new_new"][0]][1].max()
-    set_message(figure, say_tuned(steps, means["new_old"], means["old_new"], most_chained))
+    draw_r2_alone(axes, group, steps[0], 1.12 * steps[0])
+    handles = [Line2D([], [], color="0.3", linewidth=0.8, label="one seed"),
+               Line2D([], [], color="0.3", label="what r2 alone gives", **ALONE)]
+    axes.legend(handles=handles, loc="upper left")
+    set_message(figure, say_tuned(steps, shares["new_old"].mean(axis=0),
+                                  shares["old_new"].mean(axis=0), shares["new_new"].max()))
     return figure
 
 

@@ -5,7 +5,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
 from analyze import POSITIONS, name_positions, short
-from experiments.canvas import BEA, BLUE, DORA, GREEN, ORANGE, WIDTH, Absent, set_message
+from experiments.canvas import (BEA, BLUE, DORA, GREEN, ORANGE, WIDTH, Absent, set_message,
+                                write_shares)
 from experiments.measure import read_json
 from grok import PARTS, name_loops
 
@@ -188,10 +189,7 @@ def draw_pass(axes, shares, seen):
     n_blocks, n_parts, T = shares.shape
     values = shares.reshape(n_blocks * n_parts, T).T                         # (T, sites of a row)
     axes.imshow(values, vmin=0, vmax=1, cmap="Blues", origin="lower", aspect="auto")
-    for (position, column), share in np.ndenumerate(values):
-        if share >= 0.3:
-            axes.text(column, position, short(share), ha="center", va="center", fontsize=8,
-                      color="white" if share > 0.6 else "black")
+    write_shares(axes, values, least=0.3)
     for block in range(1, n_blocks):
         axes.axvline(block * n_parts - 0.5, color="0.3", linewidth=1)
     last = n_blocks * n_parts - 1

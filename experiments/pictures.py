@@ -23,7 +23,7 @@ if not __package__:  # started as a script, `python experiments/pictures.py`, fr
     sys.path.insert(0, str(HERE.parent))
 
 from analyze import check_writable, name_positions, short
-from data import BadInput, reading
+from data import reading
 from experiments import charts, diagrams
 from experiments.canvas import STYLE, WIDTH, Absent, Shelf
 from grok import PARTS, Parser, command, say, write_file
@@ -145,10 +145,8 @@ def main(argv=None):
                         help="folder of runs (runs/shipped)")
     parser.add_argument("-o", "--out", type=Path, default=HERE.parent / "figures",
                         help="(figures)")
-    parser.add_argument("--only", metavar="NAME", help=f"one of {', '.join(PICTURES)}")
+    parser.add_argument("--only", choices=PICTURES, help="one of them")
     args = parser.parse_args(argv)
-    if args.only not in (None, *PICTURES):
-        raise BadInput(f"only = {args.only}: must be one of {', '.join(PICTURES)}")
     draw_all(args.root, args.out, args.only)
 
 

@@ -1,10 +1,10 @@
 """What became of the predictions, which PREDICTIONS.md held before the runs.
 
 predictions.txt has them in a form that can be judged: under the name and the words of a prediction
-stand the comparisons that must all hold, each "at least LEVEL | NUMBER" or "at most LEVEL | NUMBER".
-A NUMBER is a place in the book, "TABLE KEY ... FIELD", or the difference of two, "PLACE - PLACE"; a
-comparison that begins with "or" may hold in place of the one above it. Where PREDICTIONS.md gives
-no level ("at chance", "does not mend"), we chose it here, afterwards.
+stand the comparisons that must all hold, each "at least LEVEL | NUMBER" or "at most LEVEL |
+NUMBER". A NUMBER is a place in the book, "TABLE KEY ... FIELD", or the difference of two, "PLACE -
+PLACE"; a comparison that begins with "or" may hold in place of the one above it. Where
+PREDICTIONS.md gives no level ("at chance", "does not mend"), we chose it here, afterwards.
 """
 import math
 from dataclasses import dataclass

@@ -31,7 +31,7 @@ from analyze import short
 from data import BadInput, decode, read_bytes
 from experiments.book import (FIELDS, KEYS, NEVER, NO_CSV, NO_RUN, PAPER, RUN_COLUMNS, Book,
                               exceptions, read_runs)
-from experiments.verdicts import JUDGES
+from experiments.verdicts import JUDGES, rule_of
 from grok import Parser, command, say, write_file
 
 
@@ -220,9 +220,9 @@ def all_files(root):
 def csv_of_verdicts(book):
     """A line a verdict: over both models, in each, and the rule."""
     rows = []
-    for name, (_, rule) in JUDGES.items():
+    for name in JUDGES:
         words = [book.verdicts[key] for key in (name, f"{name} small", f"{name} trm")]
-        rows.append([name, *words, rule])
+        rows.append([name, *words, rule_of(name)])
     return write_csv(["name", "verdict", "small", "trm", "rule"], rows)
 
 

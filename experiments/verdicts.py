@@ -1,11 +1,12 @@
 """The verdicts on the paper's claims, a small function each.
 
-A verdict is computed from the numbers of a Book (experiments/tables.py), once for `small` and once
-for `trm`, by the rule in JUDGES, which verdicts.csv repeats:
+A verdict is computed from the numbers of a Book (experiments/book.py), once for `small` and once
+for `trm`. The second paragraph of a function's docstring is its rule, which verdicts.csv repeats:
 
     holds    as the paper says        partly   with another instrument, threshold or ceiling
     differs  not so                   open     a run or a measurement is missing, or decides nothing
 """
+import inspect
 import math
 
 HOLDS = "holds"
@@ -26,19 +27,30 @@ class Missing(Exception):
     """A verdict needs a number that is not there."""
 
 
+def all_or_some(facts):
+    """HOLDS if all of these are so, PARTLY if some are, else DIFFERS."""
+    if all(facts):
+        return HOLDS
+    return PARTLY if any(facts) else DIFFERS
+
+
 def judge_sooner(book, preset):
-    """Both hops supervised: nine answers in ten, before natural training has them."""
+    """Both hops supervised: nine answers in ten, before natural training has them.
+
+    Holds if every run with both hops supervised has .9 before any natural run; partly if some do.
+    """
     both = book.need(f"training {preset}/both_full answer_.9")
     natural = book.need(f"training {LONGEST[preset]} answer_.9")
     first = min(natural.have, default=math.inf)
-    sooner = [step is not None and step < first for step in both.values]
-    if all(sooner):
-        return HOLDS
-    return PARTLY if any(sooner) else DIFFERS
+    return all_or_some([step is not None and step < first for step in both.values])
 
 
 def judge_stages(book, preset):
-    """Natural: the training is fitted, then the bridge is seen in half, then half is answered."""
+    """Natural: the training is fitted, then the bridge is seen in half, then half is answered.
+
+    Holds if every run is fitted, then the lens sees half, then half is answered (or not yet);
+    partly if the nearest code, another instrument, gives this order.
+    """
     by_lens = [book.need(f"training {LONGEST[preset]} {name}")
                for name in ("fit", "lens_.5", "answer_.5")]
     if in_order(*by_lens):
@@ -59,7 +71,11 @@ def in_order(fit, bridge, answer):
 
 
 def judge_folds(book, preset):
-    """Natural, at the end: the swap at the site of ID questions redirects OOD answers, too."""
+    """Natural, at the end: the swap at the site of ID questions redirects OOD answers, too.
+
+    Holds if the swap redirects .8 and as many are answered as in the paper; partly if fewer are;
+    open below .1 answered or 20 swapped answers a run.
+    """
     where = f"{preset}/natural end test_ood"
     swap = book.need(f"swaps {where} donor")
     answer = book.need(f"aim_and_store {where} as_is")
@@ -72,7 +88,11 @@ def judge_folds(book, preset):
 
 
 def judge_fake(book, preset):
-    """Second hop supervised, at the end: answered, not seen, and no swap redirects."""
+    """Second hop supervised, at the end: answered, not seen, and no swap redirects.
+
+    Holds if the lens sees no more than the paper's and a swap redirects less than half; differs if
+    a swap redirects .8; open while less than half is answered.
+    """
     where = f"{SECOND[preset]} end test_ood"
     answer = book.need(f"aim_and_store {where} as_is")
     seen = book.need(f"seen {where} paper")
@@ -86,81 +106,71 @@ def judge_fake(book, preset):
 
 
 def judge_before(book, preset):
-    """Both hops supervised: half is answered before the lens sees half of the bridges."""
+    """Both hops supervised: half is answered before the lens sees half of the bridges.
+
+    Holds if it is so in every run, partly if in some.
+    """
     answers = book.need(f"training {preset}/both_full answer_.5").values
     bridges = book.need(f"training {preset}/both_full lens_.5").values
-    first = [answer is not None and (bridge is None or answer < bridge)
-             for answer, bridge in zip(answers, bridges)]
-    if all(first):
-        return HOLDS
-    return PARTLY if any(first) else DIFFERS
+    return all_or_some([answer is not None and (bridge is None or answer < bridge)
+                        for answer, bridge in zip(answers, bridges)])
 
 
 def judge_new_facts(book, preset):
-    """New + old is ahead of old + new by .1 or more, early and late."""
+    """New + old is ahead of old + new by .1 or more, early and late.
+
+    Holds if hop 1 is ahead by .1 after 500 steps and after 6,000, partly if at one of the two.
+    """
     leads = []
     for where in (f"{EARLY[preset]} 500", f"{LATE[preset]} end"):
         ahead = book.need(f"new_facts {where} new_old").mean
         leads.append(ahead - book.need(f"new_facts {where} old_new").mean >= 0.1)
-    if all(leads):
-        return HOLDS
-    return PARTLY if any(leads) else DIFFERS
+    return all_or_some(leads)
 
 
 def judge_r2_alone(book, preset):
-    """New + old, late, exceeds what r2 alone gives by .1 or more, in every run."""
+    """New + old, late, exceeds what r2 alone gives by .1 or more, in every run.
+
+    Holds if hop 1 is ahead of guessing by .1 in every run after 6,000 steps, partly if on average.
+    """
     answers = book.need(f"new_facts {LATE[preset]} end new_old")
-    guesses = book.need(f"new_facts {LATE[preset]} r2_alone new_old")
-    beyond = [answer - guesses.mean >= 0.1 for answer in answers.have]
-    if all(beyond):
-        return HOLDS
-    return PARTLY if answers.mean - guesses.mean >= 0.1 else DIFFERS
+    guess = book.need(f"new_facts {LATE[preset]} r2_alone new_old").mean
+    return all_or_some([answers.least - guess >= 0.1, answers.mean - guess >= 0.1])
 
 
 def judge_ordinary(book, preset):
-    """Four blocks of their own fail, graded once or after several loops. Of `tiny` alone."""
-    if preset != "small":
-        return None
-    once = book.need("training tiny/own_blocks_last_loop test_ood").mean < 0.5
-    thrice = book.need("training tiny/own_blocks test_ood").mean < 0.5
-    if once and thrice:
-        return HOLDS
-    return PARTLY if once or thrice else DIFFERS
+    """Four blocks of their own fail, graded once or after several loops. Of `tiny` alone.
+
+    Holds if less than half is answered with both losses, partly if with one of them.
+    """
+    return all_or_some([book.need(f"training tiny/{group} test_ood").mean < 0.5
+                        for group in ("own_blocks_last_loop", "own_blocks")])
 
 
 def judge_separate(book, preset):
-    """At the fit, hop 1 supervised gives aim and no store, hop 2 supervised store and less aim."""
-    aims = {}
-    stores = {}
-    for regime in ("first_full", "second_full"):
-        where = f"aim_and_store {preset}/{regime} fit test_ood"
-        aims[regime] = book.need(f"{where} nearest_right").mean
-        stores[regime] = book.need(f"{where} own_code").mean
-    hop1 = aims["first_full"] >= 0.8 and stores["first_full"] < 0.5
-    hop2 = aims["second_full"] < 0.8 and stores["second_full"] >= 0.8
-    if hop1 and hop2:
-        return HOLDS
-    return PARTLY if hop1 or hop2 else DIFFERS
+    """At the fit, hop 1 supervised gives aim and no store, hop 2 supervised store and less aim.
+
+    Holds if at the fit hop 1 supervised gives an aim of .8 and a store below half, and hop 2
+    supervised the reverse; partly if one does.
+    """
+    aim, store = aim_and_store(book, f"{preset}/first_full fit")
+    hop1 = aim.mean >= 0.8 and store.mean < 0.5
+    aim, store = aim_and_store(book, f"{preset}/second_full fit")
+    hop2 = aim.mean < 0.8 and store.mean >= 0.8
+    return all_or_some([hop1, hop2])
 
 
-def judge_lacks(book, preset):
-    """Four blocks of their own, one loss: hop 2 is stored, .8 or more, and hop 1 aims in less than
-    half; partly: either is so. Of `tiny` alone."""
-    if preset != "small":
-        return None
-    where = "aim_and_store tiny/own_blocks_last_loop end test_ood"
-    stored = book.need(f"{where} own_code").least >= 0.8
-    astray = book.need(f"{where} nearest_right").most < 0.5
-    if stored and astray:
-        return HOLDS
-    return PARTLY if stored or astray else DIFFERS
+def aim_and_store(book, where):
+    """(aim, store) of OOD questions, two Cells; where = "GROUP WEIGHTS"."""
+    place = f"aim_and_store {where} test_ood"
+    return book.need(f"{place} nearest_right"), book.need(f"{place} own_code")
 
 
 def judge_blind(book, preset):
-    """With the answer alone graded the lens sees half of the bridges; partly: of the other changes,
-    too, some make half visible in runs that fitted; differs: grading the answer does not."""
-    if preset != "small":
-        return None
+    """With the answer alone graded the lens sees half of the bridges.
+
+    Holds if grading the answer alone lets the lens see half; partly if another change does so, too.
+    """
     if book.need("training dial/answer_only test_ood_lens").mean < 0.5:
         return DIFFERS
     for group in ("dial/tied", "dial/attention", "dial/own_blocks"):
@@ -171,38 +181,25 @@ def judge_blind(book, preset):
     return HOLDS
 
 
-JUDGES = {  # name: (function, its rule in words)
-    "sooner": (judge_sooner,
-        "Holds if every run with both hops supervised has .9 before any natural run; partly if "
-        "some do."),
-    "stages": (judge_stages,
-        "Holds if every run is fitted, then the lens sees half, then half is answered (or not "
-        "yet); partly if the nearest code, another instrument, gives this order."),
-    "folds": (judge_folds,
-        "Holds if the swap redirects .8 and as many are answered as in the paper; partly if "
-        "fewer are; open below .1 answered or 20 swapped answers a run."),
-    "fake": (judge_fake,
-        "Holds if the lens sees no more than the paper's and a swap redirects less than half; "
-        "differs if a swap redirects .8; open while less than half is answered."),
-    "before": (judge_before,
-        "Holds if it is so in every run, partly if in some."),
-    "new_facts": (judge_new_facts,
-        "Holds if hop 1 is ahead by .1 after 500 steps and after 6,000, partly if at one of the "
-        "two."),
-    "r2_alone": (judge_r2_alone,
-        "Holds if hop 1 is ahead of guessing by .1 in every run after 6,000 steps, partly if on "
-        "average."),
-    "ordinary": (judge_ordinary,
-        "Holds if less than half is answered with both losses, partly if with one of them."),
-    "separate": (judge_separate,
-        "Holds if at the fit hop 1 supervised gives an aim of .8 and a store below half, and "
-        "hop 2 supervised the reverse; partly if one does."),
-    "blind": (judge_blind,
-        "Holds if grading the answer alone lets the lens see half; partly if another change "
-        "does so, too."),
-    "lacks": (judge_lacks,
-        "Holds if in every run the store is .8 and the aim below half; partly if one is so."),
-}
+def judge_lacks(book, preset):
+    """Four blocks of their own, one loss: hop 2 is stored, and hop 1 does not aim. Of `tiny` alone.
+
+    Holds if in every run the store is .8 and the aim below half; partly if one is so.
+    """
+    aim, store = aim_and_store(book, "tiny/own_blocks_last_loop end")
+    return all_or_some([store.least >= 0.8, aim.most < 0.5])
+
+
+JUDGES = {"sooner": judge_sooner, "stages": judge_stages, "folds": judge_folds, "fake": judge_fake,
+          "before": judge_before, "new_facts": judge_new_facts, "r2_alone": judge_r2_alone,
+          "ordinary": judge_ordinary, "separate": judge_separate, "blind": judge_blind,
+          "lacks": judge_lacks}
+ONCE = ("ordinary", "blind", "lacks")  # of runs that trm has none of
+
+
+def rule_of(name):
+    """The rule of a verdict, in one line."""
+    return " ".join(inspect.getdoc(JUDGES[name]).split("\n\n")[1].split())
 
 
 def combine(small, trm):
@@ -215,11 +212,12 @@ def combine(small, trm):
 def judge_all(book):
     """{name: verdict} of JUDGES; those of "fake", of "fake small" and "fake trm"."""
     verdicts = {}
-    for name, (judge, _) in JUDGES.items():
+    for name, judge in JUDGES.items():
         for preset in ("small", "trm"):
             try:
-                verdicts[f"{name} {preset}"] = judge(book, preset)
+                verdict = None if name in ONCE and preset == "trm" else judge(book, preset)
             except Missing:
-                verdicts[f"{name} {preset}"] = OPEN
+                verdict = OPEN
+            verdicts[f"{name} {preset}"] = verdict
         verdicts[name] = combine(verdicts[f"{name} small"], verdicts[f"{name} trm"])
     return verdicts

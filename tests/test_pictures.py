@@ -148,6 +148,8 @@ def root(tmp_path_factory):
             write_run(root, f"map/hop1_{hop1:g}_hop2_{hop2:g}/seed0", config, groks, inside)
     write_run(root, "dial/tied/seed0", config_of("small", tied=True, steps=2500), groks,
               inside_of(used=0.23, seen=0.7))
+    write_run(root, "trm/natural/seed0", config_of("trm"), groks,
+              inside_of(aim=0.7, store=0.6, answer=0.4))
     config = config_of("trm", hop1=1.0, hop2=1.0)
     folder = write_run(root, "trm/both_full/seed0", config, groks, inside_of())
     write_paths(folder, config, [[26, "state", 3]])
@@ -225,7 +227,7 @@ def test_text_is_large_enough_stays_on_the_page_and_overlaps_nothing(file, figur
 
 def test_missing_runs_skip_a_picture_and_what_is_unfinished_is_named(root, tmp_path, capsys):
     some = tmp_path / "runs"
-    for group in ("small/natural", "small/both_half"):
+    for group in ("small/natural", "small/both_half", "trm/natural"):
         shutil.copytree(root / group, some / group)
     for path in some.rglob("film.json"):
         path.unlink()
@@ -271,8 +273,7 @@ def test_messages_are_those_of_the_numbers(figures):
                                 "come 2,000 steps later")
     assert said["store_aim.png"] == (
         "small, natural: after the fit it stores hop 2 (.10 to .90) and aims hop 1 (.30 to .80); "
-        "small, second full: after the fit it stores hop 2 (.10 to 1.00) and aims hop 1 (.30 to "
-        ".50)")
+        "trm, natural: after the fit it stores hop 2 (.10 to .60) and aims hop 1 (.30 to .70)")
     assert said["film.png"] == (
         "From step 1,750 on, when every seed is fitted, hop 2 gets stored (.10 to .85) and hop 1 "
         "aimed (.30 to .75); the answers stay below both (.00 to .30)")
@@ -372,6 +373,16 @@ def test_a_run_that_never_fitted_is_not_filmed_as_fitted(tmp_path):
     write_film(folder)
     with pytest.raises(canvas.Absent, match="never fitted"):
         figure_of("film.png", canvas.Shelf(tmp_path))
+
+
+def test_a_cell_beside_the_grid_of_the_map_is_left_out_by_name(root, tmp_path):
+    shutil.copytree(root / "map", tmp_path / "map")
+    write_run(tmp_path, "map/hop1_0.1_hop2_0/seed0", config_of("small", hop1=0.1), groks,
+              inside_of())
+    shelf = canvas.Shelf(tmp_path)
+    figure = figure_of("map.png", shelf)
+    assert shelf.left_out == {"map/hop1_0.1_hop2_0": "has other shares than the map"}
+    assert len(figure.axes[0].texts) == 17  # three corners are runs of small
 
 
 def test_the_recursion_shows_each_site_where_it_is(root, tmp_path):

@@ -220,6 +220,7 @@ def whole(tmp_path_factory):
     configs = {}
     frame = {"nearest_right": 0.75, "own_code": 0.75, "as_is": 0.25}
     film = [{"step": 2000, "fitted": 1.0, "test_id": frame, "test_ood": frame}]
+    grokfast = {"fit": 500, "nine_in_ten": 2500, "answer": 0.95}
     r2_alone = {split: 0.125 for split in EVERY_SPLIT}
     for name, line in run_all.read_plan(run_all.HERE / "plan.txt").items():
         configs[name] = config_of(line.options, start=configs.get(line.start))
@@ -231,7 +232,7 @@ def whole(tmp_path_factory):
             grafts = [{"seed": other, "first": 0.0, "last": 0.9} for other in range(3)]
             form = {"entity": 0.75, "last": 0.0} if seed == 0 else {"entity": 0.0, "last": 0.75}
             write_run(root, f"{name}/seed{seed}", config=configs[name], shares=shares,
-                      steps=steps, film=film, grafts=grafts,
+                      steps=steps, film=film, grafts=grafts, grokfast=grokfast,
                       inside={**inside_of(**form, **learnt), "r2_alone": r2_alone})
     return root, *tables.all_files(root)
 
@@ -271,7 +272,7 @@ def test_every_group_of_the_plan_is_read_somewhere(whole, monkeypatch):
         read.update(re.findall(r"[\w./]+", file.read_text(encoding="utf-8")))
     unread = {group for group in book.runs.groups
               if group not in read and not group.startswith(("map/", "data/"))}
-    assert unread == TRAINING_CSV_ALONE
+    assert unread <= TRAINING_CSV_ALONE
 
 
 def test_a_reader_meets_no_table_of_over_five_columns_or_eight_rows(whole):
@@ -631,7 +632,7 @@ CASES = [
 @pytest.mark.parametrize("name, cells, word", CASES)
 def test_a_verdict_follows_its_rule(name, cells, word):
     try:
-        judged = verdicts.JUDGES[name][0](Stub(cells), "small")
+        judged = verdicts.JUDGES[name](Stub(cells), "small")
     except verdicts.Missing:
         judged = "open"
     assert judged == word
