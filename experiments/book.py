@@ -531,36 +531,26 @@ def class_of(run):
     return "between these"
 
 
-def squares_of_data(runs):
-    """(phi, share of OOD facts, the class of each run that was looked into, its runs) for every
-    square of the map of plain data."""
-    for group, members in runs.groups.items():
-        if group.startswith("data/") or group == "map/hop1_0_hop2_0":
-            config = members[0].config
-            classes = [class_of(run) for run in members if "end" in run.inside]
-            yield f"{config.phi:g}", f"{config.ood_fraction:g}", classes, members
+CLASSES = {"memorises": "memorises", "circuit": "circuit", "for_all": "full circuit"}
 
 
-def data_cells(runs):
-    """{(phi, share of OOD facts): Cell}: the map of plain data, its classes in words."""
-    cells = {}
-    for phi, ood, classes, members in squares_of_data(runs):
+def data_cells(groups):
+    """The map of plain data: {(phi, share of OOD facts): Cell} of its classes and answers in words,
+    and {(phi, share of OOD facts, class): Cell}, 1 for a run of the class, else 0."""
+    words = {}
+    counts = {}
+    for group, members in groups.items():
+        if not group.startswith("data/") and group != "map/hop1_0_hop2_0":
+            continue
+        place = (f"{members[0].config.phi:g}", f"{members[0].config.ood_fraction:g}")
+        classes = [class_of(run) for run in members if "end" in run.inside]
         shares = last_shares(members)
-        id_share = shares["test_id"].show(shares["test_id"].mean)
-        ood_share = shares["test_ood"].show(shares["test_ood"].mean)
-        said = f"{counted(classes) or NOT_MEASURED}: {id_share}, {ood_share}"
-        cells[phi, ood] = Cell([said], "text")
-    return cells
-
-
-def class_cells(runs):
-    """{(phi, share of OOD facts, class): Cell} of that map: 1 for a run of the class, else 0."""
-    parts = {"memorises": "memorises", "circuit": "circuit", "for_all": "full circuit"}
-    cells = {}
-    for phi, ood, classes, _ in squares_of_data(runs):
-        for name, part in parts.items():
-            cells[phi, ood, name] = Cell([float(part in word) for word in classes])
-    return cells
+        answers = [shares[split].field("mean") for split in ("test_id", "test_ood")]
+        said = f"{counted(classes) or NOT_MEASURED}: {', '.join(answers)}"
+        words[place] = Cell([said], "text")
+        for name, part in CLASSES.items():
+            counts[(*place, name)] = Cell([float(part in kind) for kind in classes])
+    return words, counts
 
 
 # ---------------------------------------------------------------- the book: new facts
@@ -722,8 +712,7 @@ class Book(dict):
             self[table] = in_groups(tuned, find)
         self["map"] = map_cells(trained, self)
         self["needed"] = needed_cells(self["map"])
-        self["data"] = data_cells(runs)
-        self["classes"] = class_cells(runs)
+        self["data"], self["classes"] = data_cells(trained)
         self["r2_alone"] = r2_alone_cells()
         self["counts"] = count_cells(runs, self.rows)
         self["paper"] = {keys: Cell([text], "text") for keys, (text, _) in PAPER.items()}

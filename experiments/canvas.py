@@ -14,6 +14,7 @@ from experiments.book import read_runs
 from grok import say
 
 WIDTH = 8.0  # inches
+WHOLE = "{:,}".format  # a step as it is told: 1,500
 STYLE = {"font.size": 8.5, "axes.titlesize": 9.5, "axes.labelsize": 9, "figure.titlesize": 11,
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
          "axes.axisbelow": True, "grid.color": "0.92"}
@@ -58,13 +59,10 @@ class Shelf:
     def group(self, name, part=None):
         """The seeds of a group, or those of them that are `measured`; Absent if there is none."""
         runs = self.groups.get(name, [])
-        if not runs:
-            raise Absent(f"no finished run of {name}")
-        if part is not None:
-            runs = self.measured(runs, part)
-        if not runs:
-            raise Absent(f"no finished run of {name} that was measured")
-        return runs
+        chosen = self.measured(runs, part) if part else runs
+        if not chosen:
+            raise Absent(f"no finished run of {name}" + (" that was measured" if runs else ""))
+        return chosen
 
 
 def shares_of(run, split):

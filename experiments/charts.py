@@ -8,14 +8,12 @@ from matplotlib.patches import Patch, Rectangle
 
 from analyze import short
 from experiments.book import MAP_MEASURES, get, inside_cell, is_of_map, share_at
-from experiments.canvas import (BLUE, GREEN, GREY, INDIGO, PURPLE, SAND, SKY, WIDTH, WINE, Absent,
-                                draw_curves, mean, name_of, name_seeds, new_curves, set_message,
-                                shares_of, show_shares, span, steps_of, tick, write_shares)
+from experiments.canvas import (BLUE, GREEN, GREY, INDIGO, PURPLE, SAND, SKY, WHOLE, WIDTH, WINE,
+                                Absent, draw_curves, mean, name_of, name_seeds, new_curves,
+                                set_message, shares_of, show_shares, span, steps_of, tick,
+                                write_shares)
 from experiments.verdicts import SHARES
 from grok import first_step
-
-WHOLE = "{:,}".format  # 1,500: a step as it is told
-
 
 # ---------------------------------------------------------------- it groks
 def hero(runs):
@@ -170,6 +168,8 @@ def rise(curve):
 # ---------------------------------------------------------------- used where it is not seen
 KINDS = {"small": BLUE, "tiny": SKY, "trm": WINE, "trm, a change": SAND,
          "map of supervision": INDIGO}
+PLACES = {"seen": "test_ood seen paper any", "seen_chance": "test_ood seen paper any_chance",
+          "used": "site test_ood donor", "used_chance": "site test_ood noise"}  # in inside.json
 
 
 def kind_of(run):
@@ -180,10 +180,6 @@ def kind_of(run):
     if run.config.model == "recursive":
         return "trm, a change" if folder == "dial" else "trm"
     return "tiny" if run.config.preset == "tiny" else "small"
-
-
-PLACES = {"seen": "test_ood seen paper any", "seen_chance": "test_ood seen paper any_chance",
-          "used": "site test_ood donor", "used_chance": "site test_ood noise"}  # in inside.json
 
 
 def seen_used(runs):
@@ -328,10 +324,9 @@ def plain_data(runs):
             for run, line in zip(group, SEED_LINES):
                 axes.plot(steps_of(group), shares_of(run, split), line, color=color, linewidth=1.2)
         show_shares(axes)
-        axes.set_xlim(0, last)
+        axes.set(xlim=(0, last), title=title,
+                 xlabel=f"training step (the run has {group[0].config.steps:,})")
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.set_title(title)
-        axes.set_xlabel(f"training step (the run has {group[0].config.steps:,})")
     panels[0].set_ylabel("share of two-step questions answered")
     names = {"training": GREY, "unseen, of ID facts": SKY, "unseen, of OOD facts": BLUE}
     handles = [Line2D([], [], color=color, label=name) for name, color in names.items()]
@@ -365,6 +360,7 @@ def moment(steps):
 # ---------------------------------------------------------------- new facts
 SERVED = {"new_old": ("new fact\nas hop 1", INDIGO), "old_new": ("new fact\nas hop 2", WINE),
           "new_new": ("both new", SAND)}
+ALONE = {"linewidth": 3, "solid_capstyle": "butt"}  # the ticks of what r2 alone gives
 FROM_THE_END = {"the MLP as it was": {0.0: "tune/long_natural_end",
                                       0.25: "exposed/natural_end_0.25_4",
                                       0.5: "exposed/natural_end_0.5_4"},
@@ -396,8 +392,7 @@ def new_facts(runs):
 
 
 def draw_exposure(axes, groups, split, color):
-    """A dot a seed of facts not exposed, and a line through the means, {share: mean}, which are
-    returned."""
+    """A dot a seed of facts not exposed, and a line through the means; {share exposed: mean}."""
     means = {}
     for share, group in groups.items():
         values = [share_at(run, 2000, split) for run in group]
@@ -406,9 +401,6 @@ def draw_exposure(axes, groups, split, color):
                   clip_on=False)
     axes.plot(list(means), list(means.values()), color=color, linewidth=2)
     return means
-
-
-ALONE = {"linewidth": 3, "solid_capstyle": "butt"}
 
 
 def draw_r2_alone(axes, runs, left, right):
@@ -446,8 +438,7 @@ def tuned(runs):
         shares[split] = np.array([shares_of(run, split) for run in group])      # (seeds, steps)
     draw_curves(axes, steps, {name: (color, shares[split])
                               for split, (name, color) in SERVED.items()})
-    axes.set_xscale("log")
-    axes.set_xlim(steps[0], steps[-1])
+    axes.set(xscale="log", xlim=(steps[0], steps[-1]))
     shown = [step for step in (200, 500, 1000, 2000, 4000, 6000) if steps[0] <= step <= steps[-1]]
     axes.set_xticks(shown, [f"{step:,}" for step in shown])
     axes.minorticks_off()

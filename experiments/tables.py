@@ -167,6 +167,7 @@ def exceptions_table(book, most=8):
 
 
 def left_out_sentence(runs):
+    """Which runs cannot be used, and why."""
     if not runs.left_out:
         return "All runs that are there could be used."
     return f"Left out: {'; '.join(runs.left_out)}."
@@ -237,12 +238,6 @@ def compare(files, out):
                        "python -m experiments.tables")
 
 
-def name_left_out(runs):
-    """One line on stderr for the runs that cannot be used."""
-    if runs.left_out:
-        print(f"experiments.tables: left out: {'; '.join(runs.left_out)}", file=sys.stderr)
-
-
 def parse(argv=None):
     parser = Parser(prog="python -m experiments.tables",
                     description="The results page and its tables, from the files of the runs.")
@@ -264,7 +259,8 @@ def main(argv=None):
     args = parse(argv)
     files, book = all_files(args.root)
     out = args.out or args.root
-    name_left_out(book.runs)
+    if book.runs.left_out:
+        print(f"experiments.tables: {left_out_sentence(book.runs)}", file=sys.stderr)
     if args.readme:
         write_file(HERE.parent / "README.md", readme(book).encode())
     elif args.check:
