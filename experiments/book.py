@@ -661,15 +661,18 @@ def exceptions(rows):
 
 def count_cells(runs, rows):
     """{(what,): Cell} of how many runs were opened, answer half, are redirected by a donor, else by
-    codes, or by neither, and of how many of them the lens sees less than half; and how many hours
-    all runs trained, on one core each."""
+    codes, or by neither, of how many of these last four sites together redirect .8, and of how many
+    that answer half the lens sees less than half; and how many hours all runs trained, on one core
+    each."""
     half = answering_half(rows)
     swaps = [redirected_by(row) for row in half]
     unseen = [row for row in half if row["seen"] is not None and row["seen"] < 0.5]
+    together = [row for row in exceptions(rows) if row["together"] and row["together"] >= 0.8]
     seconds = sum(run.history[-1].get("seconds", 0) for run in chain(*runs.groups.values()))
     numbers = {"opened": len(rows), "half": len(half), "used": swaps.count("donor"),
                "coded": swaps.count("code"), "unseen": len(unseen),
-               "unexplained": swaps.count(None), "hours": seconds / 3600}
+               "unexplained": swaps.count(None), "together": len(together),
+               "hours": seconds / 3600}
     return {(name,): Cell([number], "count") for name, number in numbers.items()}
 
 

@@ -21,6 +21,7 @@ import io
 import re
 import sys
 import textwrap
+from operator import itemgetter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -151,9 +152,9 @@ def end_table(lines, left_out):
         lines += ["", f"*Left out, as there is no run yet: {'; '.join(left_out)}.*"]
 
 
-def exceptions_table(book, most=8):
-    """Markdown of the first of the exceptions()."""
-    rows = exceptions(book.rows)
+def exceptions_table(book, most=6):
+    """Markdown of those of the exceptions() that answer most."""
+    rows = sorted(exceptions(book.rows), key=itemgetter("answer"), reverse=True)
     if not rows:
         return "*There is none.*"
     lines = ["| run | answers | a donor redirects | its code redirects | four sites together |",
@@ -169,7 +170,7 @@ def exceptions_table(book, most=8):
 def left_out_sentence(runs):
     """Which runs cannot be used, and why."""
     if not runs.left_out:
-        return "All runs that are there could be used."
+        return ""
     return f"Left out: {'; '.join(runs.left_out)}."
 
 
