@@ -220,6 +220,16 @@ class FakeClock:
         return step
 
 
+def test_the_seconds_of_operators_are_those_of_forward_and_backward():
+    x = torch.rand(300, 300, requires_grad=True)
+    with bench.OperatorTimer() as timer:
+        (x @ x).relu().sum().backward()
+    assert {"mm", "relu", "threshold_backward", "sum"} <= timer.seconds.keys()
+    assert all(seconds > 0 for seconds in timer.seconds.values())
+    line = bench.operators_line(lambda: (x @ x).relu().sum().backward(), n_named=2)
+    assert re.fullmatch(r"where the time of its operators goes: \w+ \d+%, \w+ \d+%", line)
+
+
 def test_in_the_rounds_each_has_its_turn(monkeypatch):
     clock = FakeClock(monkeypatch)
     log = []
@@ -343,7 +353,7 @@ def test_the_bench_says_hardware_pace_and_result_and_writes_what_it_says(capsys,
 def test_time_only_has_no_race(capsys, short):
     assert bench.main(["--preset=smoke", "--device=cpu", "--time-only"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 3 + 3 + 2
+    assert len(lines) == 1 + 3 + 3 + 3
     assert "reached" not in " ".join(lines)
 
 
