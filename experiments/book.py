@@ -661,19 +661,22 @@ def exceptions(rows):
 
 def count_cells(runs, rows):
     """{(what,): Cell} of how many runs were opened, answer half, are redirected by a donor, else by
-    codes, or by neither, of how many of these last four sites together redirect .8, and of how many
-    that answer half the lens sees less than half; and how many hours all runs trained, on one core
-    each."""
+    codes, or by neither; the same of those in which the lens sees less than half; what four sites
+    together redirect where neither does; and how many hours all runs trained, on one core each."""
     half = answering_half(rows)
     swaps = [redirected_by(row) for row in half]
     unseen = [row for row in half if row["seen"] is not None and row["seen"] < 0.5]
-    together = [row for row in exceptions(rows) if row["together"] and row["together"] >= 0.8]
+    swaps_unseen = [redirected_by(row) for row in unseen]
+    together = [row["together"] for row in exceptions(rows) if row["together"] is not None]
     seconds = sum(run.history[-1].get("seconds", 0) for run in chain(*runs.groups.values()))
     numbers = {"opened": len(rows), "half": len(half), "used": swaps.count("donor"),
                "coded": swaps.count("code"), "unseen": len(unseen),
-               "unexplained": swaps.count(None), "together": len(together),
-               "hours": seconds / 3600}
-    return {(name,): Cell([number], "count") for name, number in numbers.items()}
+               "unseen_used": swaps_unseen.count("donor"),
+               "unseen_coded": swaps_unseen.count("code"), "unexplained": swaps.count(None),
+               "together": sum(share >= 0.8 for share in together), "hours": seconds / 3600}
+    cells = {(name,): Cell([number], "count") for name, number in numbers.items()}
+    cells["apart",] = Cell([share for share in together if share < 0.8])
+    return cells
 
 
 # ---------------------------------------------------------------- the book itself

@@ -21,7 +21,6 @@ import io
 import re
 import sys
 import textwrap
-from operator import itemgetter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -152,9 +151,10 @@ def end_table(lines, left_out):
         lines += ["", f"*Left out, as there is no run yet: {'; '.join(left_out)}.*"]
 
 
-def exceptions_table(book, most=6):
-    """Markdown of those of the exceptions() that answer most."""
-    rows = sorted(exceptions(book.rows), key=itemgetter("answer"), reverse=True)
+def exceptions_table(book, most=5):
+    """Markdown of those of the exceptions() of which four sites together redirect most."""
+    rows = exceptions(book.rows)
+    rows.sort(key=share_together, reverse=True)
     if not rows:
         return "*There is none.*"
     lines = ["| run | answers | a donor redirects | its code redirects | four sites together |",
@@ -165,6 +165,11 @@ def exceptions_table(book, most=6):
     if len(rows) > most:
         lines += ["", "*More of them are in tables/runs.csv.*"]
     return "\n".join(lines)
+
+
+def share_together(row):
+    """What four sites together redirect, of a row of runs.csv; -1 if that was not tried."""
+    return -1 if row["together"] is None else row["together"]
 
 
 def left_out_sentence(runs):
