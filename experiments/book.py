@@ -616,13 +616,13 @@ def r2_alone_of_kept(world, phi, n_kept, n_hops, rng):
 
 
 # ---------------------------------------------------------------- the book: one row a run
-RUN_COLUMNS = {  # column: path in inside.json at the end, OOD questions
+RUN_COLUMNS = {  # column: path in inside.json at the end; all but donor_id of OOD questions
     "answer": "aim test_ood as_is", "n": "aim test_ood n",
     "seen": "test_ood seen paper any", "chance": "test_ood seen paper any_chance",
     "seen_entity": "test_ood seen state entity best",
     "probe": "test_ood present state best", "nearest_right": "aim test_ood nearest_right",
     "own_code": "aim test_ood own_code", "snapped": "aim test_ood snapped",
-    "donor": "site test_ood donor", "code": "site test_ood code",
+    "donor": "site test_ood donor", "code": "site test_ood code", "donor_id": "site test_id donor",
     "n_swapped": "site test_ood n", "where": "site where", "site": "site name"}
 
 
@@ -661,18 +661,22 @@ def exceptions(rows):
 
 def count_cells(runs, rows):
     """{(what,): Cell} of how many runs were opened, answer half, are redirected by a donor, else by
-    codes, or by neither; the same of those in which the lens sees less than half; what four sites
-    together redirect where neither does; and how many hours all runs trained, on one core each."""
+    codes, or by neither; the same of those in which the lens sees less than half; in how many a
+    donor redirects .8 of the ID answers at the site, and of the OOD answers, too; what four sites
+    together redirect where none does; and how many hours all runs trained, on one core each."""
     half = answering_half(rows)
     swaps = [redirected_by(row) for row in half]
     unseen = [row for row in half if row["seen"] is not None and row["seen"] < 0.5]
     swaps_unseen = [redirected_by(row) for row in unseen]
+    id_site = [row for row in half if row["donor_id"] is not None and row["donor_id"] >= 0.8]
+    swaps_id_site = [redirected_by(row) for row in id_site]
     together = [row["together"] for row in exceptions(rows) if row["together"] is not None]
     seconds = sum(run.history[-1].get("seconds", 0) for run in chain(*runs.groups.values()))
     numbers = {"opened": len(rows), "half": len(half), "used": swaps.count("donor"),
                "coded": swaps.count("code"), "unseen": len(unseen),
                "unseen_used": swaps_unseen.count("donor"),
                "unseen_coded": swaps_unseen.count("code"), "unexplained": swaps.count(None),
+               "id_site": len(id_site), "id_site_used": len(id_site) - swaps_id_site.count(None),
                "together": sum(share >= 0.8 for share in together), "hours": seconds / 3600}
     cells = {(name,): Cell([number], "count") for name, number in numbers.items()}
     cells["apart",] = Cell([share for share in together if share < 0.8])

@@ -162,8 +162,6 @@ def exceptions_table(book, most=5):
     for row in rows[:most]:
         shown = [short(row[name]) for name in ("answer", "donor", "code", "together")]
         lines.append(f"| `{row['run']}` | {' | '.join(shown)} |")
-    if len(rows) > most:
-        lines += ["", "*More of them are in tables/runs.csv.*"]
     return "\n".join(lines)
 
 

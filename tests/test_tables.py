@@ -531,8 +531,9 @@ def test_the_exceptions_are_those_that_answer_half_and_are_not_redirected(write)
     assert names == ["seed0", "seed3"]
     counts = [book.say(f"counts {name}") for name in ("opened", "half", "used", "coded", "unseen")]
     assert counts == ["5", "4", "1", "1", "4"]
-    parts = [book.say(f"counts {name}") for name in ("unseen_used", "unseen_coded", "unexplained")]
-    assert parts == ["1", "1", "2"]
+    parts = [book.say(f"counts {name}") for name in
+             ("unseen_used", "unseen_coded", "unexplained", "id_site", "id_site_used")]
+    assert parts == ["1", "1", "2", "1", "1"]
     assert "| `small/natural/seed0` | .50 | .75 | .50 |" in tables.exceptions_table(book)
 
 
