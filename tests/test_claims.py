@@ -177,6 +177,21 @@ def test_a_seed_has_one_form_of_the_bridge_in_every_regime(seed, first, last):
         assert states["last_entity"]["best"] == pytest.approx(last, abs=0.15), regime
 
 
+def test_ood_questions_use_the_site_of_id_questions_wherever_these_have_one():
+    """Of the runs that answer half of their OOD questions."""
+    n_runs = 0
+    for path in SHIPPED.rglob("inside.json"):
+        end = json.loads(path.read_bytes()).get("end", {})
+        if "test_ood" not in end.get("site", {}) or end["aim"]["test_ood"]["as_is"] is None:
+            continue  # of new facts, or without OOD questions
+        id_swaps = end["site"]["test_id"]
+        ood_swaps = end["site"]["test_ood"]
+        if end["aim"]["test_ood"]["as_is"] >= 0.5 and id_swaps["donor"] >= 0.8:
+            assert max(ood_swaps["donor"], ood_swaps["code"]) >= 0.7, path
+            n_runs += 1
+    assert n_runs >= 80
+
+
 @pytest.mark.parametrize("group", ["small/second_full", "small/natural", "trm/both_full"])
 def test_a_swap_measured_again_redirects_as_the_shipped_measurement_says(group):
     """Up to 200 OOD queries with donors of another r2, at the site of the bridge in inside.json."""
