@@ -360,8 +360,8 @@ def bridge_site(model, world, pool, used, scoring, code):
 def shares_of_candidates(model, world, pool, used):
     """{sites: share redirected}: every site alone and, if none redirects half of the answers, sets
     of sites together. In the recursive model these are the same block, part and position in the
-    last two passes, or in the last three, as far as there are so many: along the residual connection a bridge can arrive in
-    instalments."""
+    last two passes, or in the last three, if there are so many: along the residual connection a
+    bridge can arrive in instalments."""
     n_loops, T = used["redirected"]["state"].shape
     shares = {}
     for loop, part, position in product(range(n_loops), PARTS, range(T)):

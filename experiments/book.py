@@ -751,7 +751,8 @@ class Book(dict):
         """The text of the Cell at "TABLE KEY ...", or of a FIELD of it."""
         where, _, name = words.rpartition(" ")
         if name not in (*FIELDS, *IN_WORDS):
-            where, name = words, "text"
+            where = words
+            name = "text"
         cell = self.look(where)
         if not cell.values:
             return NOT_MEASURED if self.runs.groups.keys() & set(where.split()) else NO_RUN

@@ -4,7 +4,7 @@
                                              every gradient a multiple of its running mean
 
 grokfast.json holds {"fit", "nine_in_ten": the step of the first evaluation with .99 of the training
-questions and .9 of the OOD questions right, null if there is none, "answer": OOD answers at
+questions, and with .9 of the OOD questions, right, null if there is none, "answer": OOD answers at
 the end}.
 """
 import sys

@@ -201,17 +201,18 @@ def read_json(path, kind):
     return content
 
 
-def write_each(program, folders, file, find):
-    """Write, into each folder of a finished run, a file of what find(folder) gives, bytes or what
-    JSON can hold; returns the exit status, 2 if one of the runs cannot be used. The next one is
-    tried all the same."""
+def write_each(program, folders, file, measure):
+    """Write, into each folder of a finished run, a file of what measure(folder) gives, bytes or
+    what JSON can hold; returns the exit status, 2 if one of the runs cannot be used. The next one
+    is tried all the same."""
     status = 0
     for folder in folders:
         try:
             read_run(folder)  # an unfinished one is refused
             check_writable(folder)
-            found = find(folder)
-            content = found if isinstance(found, bytes) else json.dumps(plain(found)).encode()
+            content = measure(folder)
+            if not isinstance(content, bytes):
+                content = json.dumps(plain(content)).encode()
             write_file(folder / file, content)
             say(f"{folder.as_posix()}: {file}")
         except (BadInput, OSError) as error:
@@ -230,12 +231,12 @@ def main(argv=None):
     anew.add_argument("--film", action="store_true", help="train anew: aim and store")
     anew.add_argument("--frames", action="store_true", help="train anew: the moving picture")
     args = parser.parse_args(argv)
-    file, find = "inside.json", look_into
+    program = "experiments.measure"
     if args.film:
-        file, find = "film.json", film
-    elif args.frames:
-        file, find = "frames.npz", film_maps
-    return write_each("experiments.measure", args.runs, file, find)
+        return write_each(program, args.runs, "film.json", film)
+    if args.frames:
+        return write_each(program, args.runs, "frames.npz", film_maps)
+    return write_each(program, args.runs, "inside.json", look_into)
 
 
 if __name__ == "__main__":
