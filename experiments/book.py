@@ -1,67 +1,57 @@
-"""Every number of the results page: the runs below a folder, read into a Book.
+"""Every number of README and results page: a place in the files of the runs.
 
-A Book is {table: {keys: Cell}}; a Cell is one number of a group of runs, a value a run. A group is
-the runs that differ in their seed alone, and is named after its folder: small/natural.
+A place is a group of runs and a path in their files, as the files spell it:
+
+    small/natural end aim test_ood own_code   inside.json
+    small/natural last accuracy test_ood      metrics.jsonl, its last line
+    small/natural 3000 lens test_ood any      its line of step 3,000
+    small/natural config steps                config.json
+    small/natural step answer_.9              first evaluation with .9 answered, see MILESTONES
+
+A group is the runs that differ in their seed alone; it is named after its folder. What is found at
+a place in all of them is a Cell.
 """
+import csv
 import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
 
-from analyze import COMPOSITIONS, short
-from data import BadInput, SPLITS, change_facts, compositions, make_splits, make_world, queries
-from experiments.measure import NEW, r2_alone, read_json
-from experiments.predictions import derived_numbers, predict_all
-from experiments.verdicts import FAILS, HOLDS, OPEN, SHARES, Missing, judge_all
-from grok import PRESETS, WEIGHTS, Config, first_step, read_run
+from analyze import short
+from data import BadInput, decode, make_splits, make_world, read_bytes
+from experiments.measure import read_json
+from experiments.predictions import predict_all
+from experiments.verdicts import FAILS, HOLDS, OPEN, Missing, judge_all
+from grok import Config, first_step, read_run
 
 FEW = 100  # queries; a number that rests on fewer says on how many
+PAPER = Path(__file__).with_name("paper.csv")
+NEVER = math.inf  # the step of what never came
 NO_RUN = "*no run yet*"
 NOT_MEASURED = "*not measured*"
-NEVER = ("steps", "ratio")  # kinds of Cells in which None is "never"
 FIELDS = ("mean", "least", "most", "n", "chance", "seeds", "without")  # the numbers of a Cell
 IN_WORDS = ("with_chance", "each")  # its text and its chance level; all values, seed by seed
-
-# The numbers of He et al., arXiv 2601.09049: one run each; steps in thousands.
-PAPER = {  # (start or regime, what): (number, where it stands)
-    ("natural", "fit"): ("106k", "Figure 2"),
-    ("natural", "lens_.5"): ("219k", "Figure 2"),
-    ("natural", "answer_.5"): ("396k", "Figure 2"),
-    ("natural", "answer_.9"): ("never (.86 at most)", "Figure 2"),
-    ("natural", "test_ood"): (".68", "Figure 2, its last point"),
-    ("both_full", "answer_.9"): ("37k", "Figure 2"),
-    ("both_full", "answer_at_37k"): (".92", "Figure 2"),
-    ("both_full", "seen_at_37k"): (".003", "Figure 2"),
-    ("second_full", "test_ood"): (".97", "Figure 2, its last point"),
-    ("second_full", "seen"): (".65", "Figure 2, its last point"),
-    ("natural", "new_old"): ("1.0", "Figure 4, 16 queries"),
-    ("natural", "old_new"): ("0", "Figure 4, 18 queries"),
-    ("natural", "new_new"): (".003", "Figure 4, 3,000 queries"),
-    ("both_full", "new_old"): ("1.0", "Figure 4, 26 queries"),
-    ("second_full", "new_old"): (".33", "Figure 4, 33 queries"),
-    ("both_half", "new_old"): (".53", "Figure 4, 36 queries"),
-    ("scratch", "new_old"): (".31", "Figure 4, its control, 16 queries"),
-}
 
 
 # ---------------------------------------------------------------- reading runs
 @dataclass(frozen=True)
 class Run:
-    """A finished run."""
+    """A finished run, and what was measured of it, by experiments/NAME.py; {} or [] if it was
+    not."""
     name: str       # its folder under ROOT: small/natural/seed0
     folder: Path
     config: Config
     history: list   # see Trainer.measure
-    inside: dict    # inside.json, see experiments/measure.py; {} if it was not measured
-    film: list      # film.json; [] if it was not filmed
-    grafts: list    # graft.json, see experiments/graft.py; [] if there was none
-    grokfast: dict  # grokfast.json, see experiments/grokfast.py; {} if there was none
-    together: list  # together.json, see experiments/together.py; [] if there was none
+    inside: dict    # measure.py
+    film: list      # measure.py --film
+    grafts: list    # graft.py
+    grokfast: dict  # grokfast.py
+    together: list  # together.py
 
 
 @dataclass
@@ -69,26 +59,27 @@ class Runs:
     """All runs under ROOT."""
     groups: dict = field(default_factory=dict)    # {small/natural: [Run, ...]}, one a seed
     left_out: list = field(default_factory=list)  # "small/natural/seed2: is not finished ..."
+    paper_world: list = field(default_factory=list)  # see experiments/paper_world.py
 
 
 def read_runs(root):
     """The Runs in every folder under ROOT with a config.json, however deep. A run that is not
     finished, is damaged or does not belong to its group is left out by name."""
-    runs = Runs()
     root = Path(root)
     if not root.is_dir():
         raise BadInput(f"root = {root}: is no folder")
+    runs = Runs(paper_world=read_json(root / "paper_world.json", list))
     for path in sorted(root.rglob("config.json")):
         name = path.parent.relative_to(root).as_posix()
-        group = runs.groups.get(group_of(name), [])
+        group = runs.groups.setdefault(group_of(name), [])
         try:
             run = read_one(path.parent, name)
             check_group(run, group)
+            group.append(run)
         except BadInput as error:
             reason = str(error).removeprefix(f"{path.parent}: ")
             runs.left_out.append(f"{name}: {reason}".replace(f"{root}/", ""))
-            continue
-        runs.groups[group_of(name)] = [*group, run]
+    runs.groups = {name: group for name, group in runs.groups.items() if group}
     if not runs.groups and not runs.left_out:
         raise BadInput(f"{root}: holds no run")
     return runs
@@ -125,7 +116,8 @@ def check_group(run, group):
 # ---------------------------------------------------------------- one number of a group of runs
 @dataclass(frozen=True)
 class Cell:
-    """What came out in each run of a group; None is "never" of steps, else "not measured"."""
+    """What stands at a place in each run of a group: None if it was not measured, NEVER of a step
+    that was not reached."""
     values: list
     kind: str = "share"   # or "steps", "ratio", "count", "text"
     n: int = None         # queries that it rests on, of all runs together
@@ -133,7 +125,7 @@ class Cell:
 
     @property
     def have(self):
-        return [value for value in self.values if value is not None]
+        return [value for value in self.values if value not in (None, NEVER)]
 
     @property
     def mean(self):
@@ -147,11 +139,6 @@ class Cell:
     def most(self):
         return max(self.have, default=None)
 
-    def never_last(self):
-        """The same Cell in which what never came is later than any step."""
-        values = [math.inf if value is None else value for value in self.values]
-        return replace(self, values=values) if self.kind in NEVER else self
-
     @property
     def seeds(self):
         return len(self.have)
@@ -163,7 +150,9 @@ class Cell:
     def show(self, value):
         """One value as a reader meets it."""
         if value is None:
-            return "never" if self.kind in NEVER else NOT_MEASURED
+            return NOT_MEASURED
+        if value == NEVER:
+            return "never"
         if self.kind == "text":
             return value
         if self.kind == "share":
@@ -172,17 +161,18 @@ class Cell:
 
     def text(self):
         """"mean (least to most)", and what is lacking."""
-        if not self.values:
-            return NO_RUN
         if self.kind == "text":
-            return self.values[0]
+            return counted(self.have) or NOT_MEASURED
         if not self.have:
-            return self.show(None) + (" (0 queries)" if self.n == 0 else "")
+            shown = self.show(NEVER if NEVER in self.values else None)
+            return shown + (" (0 queries)" if self.n == 0 else "")
         notes = []
         if self.show(self.least) != self.show(self.most):
             notes.append(f"{self.show(self.least)} to {self.show(self.most)}")
-        if self.without:
-            notes.append(f"{self.without} {self.show(None).strip('*')}")
+        for lacking in (NEVER, None):
+            if lacking in self.values:
+                shown = self.show(lacking).strip("*")
+                notes.append(f"{self.values.count(lacking)} {shown}")
         said = self.show(self.mean)
         if notes:
             said += f" ({'; '.join(notes)})"
@@ -190,10 +180,8 @@ class Cell:
 
     def field(self, name):
         """One of FIELDS or IN_WORDS, as a reader meets it."""
-        if name == "text" or name == "with_chance" and not self.have:
-            return self.text()
         if name == "with_chance":
-            return f"{self.text()}, chance {self.show(self.chance)}"
+            return f"{self.text()}, chance {self.show(self.chance)}" if self.have else self.text()
         if name == "each":
             return ", ".join(self.show(value) for value in self.values)
         value = getattr(self, name)
@@ -201,223 +189,87 @@ class Cell:
         return f"{value:,}" if is_size else self.show(value)
 
 
-NOTHING = Cell([])
+def counted(words):
+    """"a (2), b (1)"; "a" alone if all are the same, "" of none."""
+    counts = Counter(words)
+    if len(counts) <= 1:
+        return "".join(counts)
+    return ", ".join(f"{word} ({n})" for word, n in counts.most_common())
 
 
-# ---------------------------------------------------------------- the book: what training gave
-MILESTONES = {  # measure: (split, level, which rate of the lens)
-    "train_.5": ("train_inferred", 0.5, None),
-    "train_.9": ("train_inferred", 0.9, None),
-    "train_.95": ("train_inferred", 0.95, None),
+# ---------------------------------------------------------------- the numbers of one run
+MILESTONES = {  # name: (split, level, which rate of the lens)
     "fit": ("train_inferred", 0.99, None),
     "id_.5": ("test_id", 0.5, None),
     "answer_.5": ("test_ood", 0.5, None),
     "answer_.9": ("test_ood", 0.9, None),
     "answer_.95": ("test_ood", 0.95, None),
-    "lens_.5": ("test_ood", 0.5, "any"),
-    "lens_.9": ("test_ood", 0.9, "any"),
-    "lens_.95": ("test_ood", 0.95, "any")}
-
-
-def in_groups(groups, find):
-    """{(group, *keys): Cell} of what find(runs of a group), {keys: Cell}, finds in each group."""
-    cells = {}
-    for group, members in groups.items():
-        for keys, cell in find(members).items():
-            cells[(group, *keys)] = cell
-    return cells
-
-
-def training_cells(members):
-    """{(measure,): Cell}: steps of the first evaluation at which something holds, and shares at the
-    end."""
-    cells = {}
-    for name, (split, level, lens) in MILESTONES.items():
-        steps = [first_step(run.history, level, split, lens) for run in members]
-        cells[name,] = Cell(steps, "steps")
-    for level in (".5", ".9"):
-        pairs = zip(cells[f"answer_{level}",].values, cells["fit",].values)
-        ratios = [step / fit if step and fit else None for step, fit in pairs]
-        cells[f"ratio_{level}",] = Cell(ratios, "ratio")
-    cells["steps",] = Cell([members[0].config.steps], "count")
-    cells["entities",] = Cell([members[0].config.n_entities], "count")
-    cells["seconds",] = Cell([run.history[-1].get("seconds") for run in members], "count")
-    for name, cell in last_shares(members).items():
-        cells[name,] = cell
-    return cells
-
-
-def last_shares(members):
-    """{split: Cell of what is right at the end, split_lens: of what the paper's lens sees}, and
-    test_ood_at_STEP, test_ood_lens_at_STEP, the same after these steps."""
-    cells = {}
-    for split in SPLITS:
-        cells[split] = Cell([run.history[-1]["accuracy"].get(split) for run in members])
-    for split in COMPOSITIONS:
-        end_rates = [run.history[-1]["lens"].get(split, {}) for run in members]
-        cells[f"{split}_lens"] = lens_cell(end_rates)
-    for step in (2500, 3000, 5000):
-        lines = [line_at(run, step) for run in members]
-        cells[f"test_ood_at_{step}"] = Cell([get(line, "accuracy test_ood") for line in lines])
-        step_rates = [get(line, "lens test_ood") or {} for line in lines]
-        cells[f"test_ood_lens_at_{step}"] = lens_cell(step_rates)
-    return cells
-
-
-def lens_cell(rates):
-    """The Cell of what the paper's lens sees, from the rates of `grok.evaluate` of some runs."""
-    chance = Cell([rate.get("any_chance") for rate in rates]).mean
-    return Cell([rate.get("any") for rate in rates], chance=chance)
-
-
-def line_at(run, step):
-    """The evaluation after this step; None if there was none."""
-    for line in run.history:
-        if line["step"] == step:
-            return line
-    return None
-
-
-def share_at(run, step, split):
-    """What was right of a split at the evaluation after this step; None if there was none."""
-    return get(line_at(run, step), f"accuracy {split}")
-
-
-def composition_cells(members):
-    """{(measure,): Cell}: how many training compositions a regime has in all, and how many more
-    than the natural one."""
-    config = members[0].config
-    if not members[0].name.startswith(("small/", "long/", "map/")) or config.facts:
-        return {}
-    world = make_world(config)
-    n_train = len(make_splits(world, config)["train_inferred"].h)
-    n_natural = round(config.phi * np.count_nonzero(~world.is_ood))
-    return {("all",): Cell([n_train], "count"), ("extra",): Cell([n_train - n_natural], "count")}
-
-
+    "lens_.5": ("test_ood", 0.5, "any")}
 FILMED = {"fit": ("fitted", 0.99), "aim_.5": ("nearest_right", 0.5), "store_.5": ("own_code", 0.5),
-          "answer_.5": ("as_is", 0.5)}
+          "answer_.5": ("as_is", 0.5)}  # of the frames of film.json: (number, level)
 
 
-def film_cells(members):
-    """{(measure,): Cell} of filmed runs: the first frame in which something is .5 or more of the
-    OOD questions, and the training .99."""
-    films = [history_of(run.film) for run in members if run.film]
-    cells = {}
-    for name, (measure, level) in FILMED.items():
-        steps = [first_step(film, level, measure) for film in films]
-        cells[name,] = Cell(steps, "steps")
-    return cells if films else {}
+def numbers_of(run):
+    """All that a place can lead to in a run, as nested dicts."""
+    numbers = {str(line["step"]): line for line in run.history}
+    numbers.update(last=run.history[-1], config=asdict(run.config), **run.inside)
+    numbers["step"] = milestones_of(run.history)
+    numbers["times_as_late"] = times_as_late(numbers["step"])
+    if run.film:
+        numbers["film"] = milestones_of_film(run.film)
+    if run.grokfast:
+        numbers["grokfast"] = {name: NEVER if value is None else value
+                               for name, value in run.grokfast.items()}
+    if run.together:
+        numbers["together"] = run.together[-1]["mixed_donors"]
+    if run.name.startswith(("small/", "long/", "map/")) and not run.config.facts:
+        numbers["compositions"] = count_compositions(replace(run.config, seed=0))
+    numbers["form"] = form_of(run)
+    if "end" in run.inside and not run.config.new_facts:
+        numbers["class"] = class_of(run)
+        numbers["learnt"] = {name: float(kind in numbers["class"]) for name, kind in LEARNT.items()}
+    return numbers
 
 
-def history_of(film):
-    """Its frames as lines of a history, see Trainer.measure."""
+def milestones_of(history):
+    """{name: step of the first evaluation at which it holds} of MILESTONES."""
+    steps = {}
+    for name, (split, level, lens) in MILESTONES.items():
+        steps[name] = first_step(history, level, split, lens) or NEVER
+    return steps
+
+
+def times_as_late(steps):
+    """{name: its step by the step of the fit}."""
+    ratios = {}
+    for name, step in steps.items():
+        both_came = NEVER not in (step, steps["fit"])
+        ratios[name] = step / steps["fit"] if both_came else NEVER
+    return ratios
+
+
+def milestones_of_film(film):
+    """{name: step of the first frame at which it holds} of FILMED, of OOD questions."""
     history = []
     for frame in film:
         shares = {"fitted": frame["fitted"], **frame["test_ood"]}
         history.append({"step": frame["step"], "accuracy": shares})
-    return history
+    return {name: first_step(history, level, number) or NEVER
+            for name, (number, level) in FILMED.items()}
 
 
-# ---------------------------------------------------------------- the book: what is inside
-# {table: {measure: (path, path of n, path of the chance level)}} in inside.json at the fit or end
-INSIDE = {
-    "aim_and_store": {
-        "as_is": ("aim SPLIT as_is", "aim SPLIT n", "aim SPLIT random_code"),
-        "nearest_right": ("aim SPLIT nearest_right", "aim SPLIT n", "1/E"),
-        "own_code": ("aim SPLIT own_code", "aim SPLIT n", "aim SPLIT random_code"),
-        "snapped": ("aim SPLIT snapped", "aim SPLIT n", "aim SPLIT random_code"),
-        "random_code": ("aim SPLIT random_code", "aim SPLIT n", ""),
-        "mean_code": ("aim SPLIT mean", "aim SPLIT n", "aim SPLIT random_code")},
-    "swaps": {
-        "donor": ("site SPLIT donor", "site SPLIT n", "site SPLIT noise"),
-        "code": ("site SPLIT code", "site SPLIT n", "site SPLIT noise"),
-        "code_in_state": ("site SPLIT code_in_state", "site SPLIT n", "site SPLIT noise"),
-        "noise": ("site SPLIT noise", "site SPLIT n", ""),
-        "others_swapped": ("site SPLIT others_swapped", "site SPLIT n_others_swapped", ""),
-        "same_bridge": ("site SPLIT same_bridge", "site SPLIT n_same_bridge", ""),
-        "mixed_donors": ("site SPLIT mixed_donors", "site SPLIT n_mixed_donors", "")},
-    "seen": {
-        "paper": ("SPLIT seen paper any", "SPLIT seen n", "SPLIT seen paper any_chance"),
-        "best": ("SPLIT seen state bridge best", "SPLIT seen n",
-                 "SPLIT seen state bridge best_chance"),
-        "entity": ("SPLIT seen state entity best", "SPLIT seen n",
-                   "SPLIT seen state entity best_chance"),
-        "last_entity": ("SPLIT seen state last_entity best", "SPLIT seen n",
-                        "SPLIT seen state last_entity best_chance"),
-        "mixed": ("SPLIT seen mixed bridge best", "SPLIT seen n",
-                  "SPLIT seen mixed bridge best_chance"),
-        "mixed_entity": ("SPLIT seen mixed entity best", "SPLIT seen n",
-                         "SPLIT seen mixed entity best_chance"),
-        "probe": ("SPLIT present state best", "SPLIT present n", "1/E"),
-        "mixed_probe": ("SPLIT present mixed best", "SPLIT present n", "1/E")},
-}
-SPLITS_OF = {"aim_and_store": COMPOSITIONS, "swaps": ("test_id", "test_ood"),
-             "seen": ("test_id", "test_ood")}
-
-
-def get(tree, path):
-    """What stands at a path of words in nested dicts, or None."""
-    for word in path.split():
-        if not isinstance(tree, dict) or tree.get(word) is None:
-            return None
-        tree = tree[word]
-    return tree
-
-
-def inside_cells(members, table):
-    """{(weights, split, measure): Cell} of one table of INSIDE."""
-    cells = {}
-    for weights, split, measure in product(WEIGHTS, SPLITS_OF[table], INSIDE[table]):
-        cells[weights, split, measure] = inside_cell(members, table, weights, split, measure)
-    return cells
-
-
-def inside_cell(members, table, weights, split, measure):
-    """The Cell of one number of inside.json."""
-    value, n, chance = [path.replace("SPLIT", split) for path in INSIDE[table][measure]]
-    stages = [run.inside.get(weights) for run in members]
-    sizes = [get(stage, n) for stage in stages if get(stage, n) is not None]
-    if chance == "1/E":
-        level = 1 / members[0].config.n_entities
-    else:
-        level = Cell([get(stage, chance) for stage in stages]).mean if chance else None
-    values = [get(stage, value) for stage in stages]
-    return Cell(values, n=sum(sizes) if sizes else None, chance=level)
-
-
-def site_cells(members):
-    """{(weights,): Cell}: where the bridge is used, in words; in how many runs, if they differ."""
-    cells = {}
-    for weights in WEIGHTS:
-        sites = [get(run.inside, f"{weights} site") for run in members]
-        names = [name_of_site(site) for site in sites if site]
-        cells[weights,] = Cell([counted(names) or NOT_MEASURED], "text")
-    return cells
-
-
-def counted(words):
-    """"a (2), b (1)"; "a" alone if all are the same."""
-    counts = Counter(words)
-    if len(counts) == 1:
-        return words[0]
-    return ", ".join(f"{word} ({n})" for word, n in counts.most_common())
-
-
-def name_of_site(site):
-    """Its name; of a run in which no site redirects half of the answers, "spread"."""
-    return site["name"] if site["where"] in ("one site", "several passes") else "spread"
-
-
-def form_cells(members):
-    """{(): Cell}: whether the state of ID questions shows the bridge first or last of the entities
-    at the end, seed by seed, in words."""
-    words = [form_of(run) for run in members]
-    return {} if None in words else {(): Cell([", ".join(words)], "text")}
+@lru_cache(maxsize=None)
+def count_compositions(config):
+    """{"all": two-step questions in training, "extra": how many more than in natural training}."""
+    world = make_world(config)
+    n_trained = len(make_splits(world, config)["train_inferred"].h)
+    n_natural = round(config.phi * np.count_nonzero(~world.is_ood))
+    return {"all": n_trained, "extra": n_trained - n_natural}
 
 
 def form_of(run):
-    """"first" or "last"; None if the states show neither, or were not looked into."""
+    """Whether the states of ID questions show the bridge as the "first" or the "last" of the
+    entities at the end; None if neither, or if they were not looked into."""
     states = get(run.inside, "end test_id seen state")
     return word_of({"first": get(states, "entity best"), "last": get(states, "last_entity best")})
 
@@ -430,87 +282,7 @@ def word_of(shares):
     return None
 
 
-def graft_cells(members):
-    """{(measure,): Cell}: of the runs whose mixing of positions started from another seed's first
-    weights, how many have that seed's form in the end, and how many keep their own."""
-    forms = {run.config.seed: form_of(run) for run in members}
-    follows = {"parted": [], "alike": []}  # whether the form is that of the grafted seed
-    for run in members:
-        for graft in run.grafts:
-            own = forms.get(run.config.seed)
-            theirs = forms.get(graft["seed"])
-            result = word_of(graft)
-            if None not in (own, theirs, result):
-                follows["parted" if own != theirs else "alike"].append(result == theirs)
-    cells = {}
-    for name, trials in follows.items():
-        if trials:
-            cells[name,] = Cell([len(trials)], "count")
-            cells[f"{name}_follow",] = Cell([sum(trials)], "count")
-    return cells
-
-
-def grokfast_cells(members):
-    """{(measure,): Cell}: the runs trained anew with their slow gradients amplified."""
-    lines = [run.grokfast for run in members if run.grokfast]
-    cells = {}
-    for name, kind in (("fit", "steps"), ("nine_in_ten", "steps"), ("answer", "share")):
-        cells[name,] = Cell([line[name] for line in lines], kind)
-    return cells if lines else {}
-
-
-MAP_CORNERS = ("small/first_full", "small/second_full", "small/both_full")
-
-
-MAP_MEASURES = {  # measure of the map: (table, measure) of OOD questions at the end
-    "answer": ("aim_and_store", "as_is"), "aim": ("aim_and_store", "nearest_right"),
-    "store": ("aim_and_store", "own_code"), "snapped": ("aim_and_store", "snapped"),
-    "seen": ("seen", "paper"), "used": ("swaps", "donor")}
-
-
-def map_cells(groups, book):
-    """{(hop1, hop2, measure): Cell}: the map of supervision."""
-    cells = {}
-    for group, members in groups.items():
-        if is_of_map(group):
-            place = (f"{members[0].config.hop1:g}", f"{members[0].config.hop2:g}")
-            for name, (table, measure) in MAP_MEASURES.items():
-                cells[(*place, name)] = book[table][group, "end", "test_ood", measure]
-            cells[(*place, "trained_answer")] = book["training"][group, "test_ood"]
-            cells[(*place, "extra")] = book["compositions"][group, "extra"]
-    return cells
-
-
-def is_of_map(group):
-    """Whether a group is a cell of the map of supervision: three corners are regimes of small."""
-    return group.startswith("map/") or group in MAP_CORNERS
-
-
-def needed_cells(cells):
-    """{(which hops, measure): Cell}: where the map, {(hop1, hop2, measure): Cell}, answers nine in
-    ten with the fewest extra compositions, and how many these are."""
-    shares = [f"{share:g}" for share in SHARES]
-    routes = {"hop1": [(share, "0") for share in shares],
-              "hop2": [("0", share) for share in shares],
-              "alike": [(share, share) for share in shares],
-              "any": list(product(shares, shares))}
-    result = {}
-    for route, places in routes.items():
-        answers = {place: cells.get((*place, "trained_answer"), NOTHING) for place in places}
-        if not all(cell.have for cell in answers.values()):
-            continue
-        extra = {place: cells[(*place, "extra")].mean for place in places if
-                 answers[place].mean >= 0.9}
-        if extra:
-            best = min(extra, key=extra.get)
-            result[route, "place"] = Cell([", ".join(best)], "text")
-            result[route, "extra"] = cells[(*best, "extra")]
-            result[route, "answer"] = answers[best]
-        else:
-            result[route, "place"] = Cell(["none"], "text")
-            result[route, "extra"] = Cell([None], "steps")
-            result[route, "answer"] = answers[places[-1]]
-    return result
+LEARNT = {"memorises": "memorises", "circuit": "circuit", "for_all": "full circuit"}  # in a class
 
 
 def class_of(run):
@@ -531,113 +303,208 @@ def class_of(run):
     return "between these"
 
 
-CLASSES = {"memorises": "memorises", "circuit": "circuit", "for_all": "full circuit"}
+# ---------------------------------------------------------------- a place
+KINDS = {"step": "steps", "film": "steps", "grokfast": "steps", "times_as_late": "ratio",
+         "config": "count", "compositions": "count", "counts": "count"}  # by the first word
 
 
-def data_cells(groups):
-    """The map of plain data: {(phi, share of OOD facts): Cell} of its classes and answers in words,
-    and {(phi, share of OOD facts, class): Cell}, 1 for a run of the class, else 0."""
-    words = {}
-    counts = {}
-    for group, members in groups.items():
-        if not group.startswith("data/") and group != "map/hop1_0_hop2_0":
+def get(tree, path):
+    """What stands at a path of words in nested dicts, or None."""
+    for word in path.split():
+        if not isinstance(tree, dict) or tree.get(word) is None:
+            return None
+        tree = tree[word]
+    return tree
+
+
+def cell_at(group, path):
+    """The Cell at a path in the numbers of some runs. The queries and the chance level that it
+    rests on stand beside it in the file."""
+    values = [get(numbers, path) for numbers in group]
+    if any(isinstance(value, (dict, list)) for value in values):
+        raise BadInput(f"template: {path or 'a group alone'}: is no number")
+    sizes = [size for size in (size_at(numbers, path) for numbers in group) if size is not None]
+    chance = Cell([chance_at(numbers, path) for numbers in group]).mean
+    return Cell(values, kind_of(path, values), sum(sizes) if sizes else None, chance)
+
+
+def kind_of(path, values):
+    """The kind of a Cell."""
+    if any(isinstance(value, str) for value in values):
+        return "text"
+    return "share" if path == "grokfast answer" else KINDS.get(path.split()[0], "share")
+
+
+WITH_OWN_N = ("others_swapped", "same_bridge", "mixed_donors")
+
+
+def size_at(numbers, path):
+    """How many queries the number at a path rests on: n_NAME beside it, or the nearest n."""
+    *parents, name = path.split()
+    if name in WITH_OWN_N:
+        return get(numbers, " ".join([*parents, f"n_{name}"]))
+    size = None
+    while size is None and parents:
+        size = get(numbers, " ".join([*parents, "n"]))
+        parents.pop()
+    return size
+
+
+def chance_at(numbers, path):
+    """The chance level of the number at a path, or None."""
+    *parents, name = path.split()
+    beside = " ".join(parents)
+    if name == "nearest_right" or "present" in parents:
+        return 1 / numbers["config"]["n_entities"]
+    if "accuracy" in parents:  # of a split with new facts
+        return get(numbers, f"r2_alone {name}")
+    if "aim" in parents and name != "random_code":
+        return get(numbers, f"{beside} random_code")
+    if "site" in parents and name in ("donor", "code", "code_in_state"):
+        return get(numbers, f"{beside} noise")
+    return get(numbers, f"{beside} {name}_chance")
+
+
+# ---------------------------------------------------------------- numbers of many groups
+SHARES = (0, 0.25, 0.5, 0.75, 1)  # of OOD facts supervised, in the map of supervision
+PHIS = (3, 6, 9, 12, 18)
+OOD_SHARES = (0.06, 0.125, 0.25)
+HELD_OUT = ((6, 0.06), (6, 0.25), (9, 0.125), (12, 0.125))  # squares that test the rule
+
+
+def square(hop1, hop2):
+    """The group of a square of the map of supervision; three of its corners are regimes."""
+    corners = {(1, 0): "first_full", (0, 1): "second_full", (1, 1): "both_full"}
+    if (hop1, hop2) in corners:
+        return f"small/{corners[hop1, hop2]}"
+    return f"map/hop1_{hop1:g}_hop2_{hop2:g}"
+
+
+def map_of(book, path):
+    """The map of supervision, (5, 5): means by hop 1's share and hop 2's; Missing unless every
+    square was measured."""
+    means = []
+    for hop1 in SHARES:
+        means.append([book.need(f"{square(hop1, hop2)} {path}").mean for hop2 in SHARES])
+    return np.array(means)
+
+
+def moves_of_map(book):
+    """What the predictions say of the map: how far aim and store move at most along the other
+    hop's share; by how much the answer exceeds their product where both shares are low; how many
+    squares answer .9 with neither both shares at .75 nor hop 2 at 1."""
+    aim = map_of(book, "end aim test_ood nearest_right")
+    store = map_of(book, "end aim test_ood own_code")
+    answer = map_of(book, "end aim test_ood as_is")
+    excess = answer - aim * store
+    shares = np.array(SHARES)
+    has_both = (shares[:, None] >= 0.75) & (shares >= 0.75)                     # (hop 1, hop 2)
+    has_less = ~has_both & (shares < 1)
+    return {"aim_along_hop2": np.ptp(aim, axis=1).max(),
+            "store_along_hop1": np.ptp(store, axis=0).max(),
+            "answer_above_product": excess[:2, :2].max(),
+            "nine_with_less": int(((answer >= 0.9) & has_less).sum())}
+
+
+def data_square(phi, ood):
+    """The group of a square of the map of plain data; one is a square of the other map."""
+    return square(0, 0) if (phi, ood) == (18, 0.125) else f"data/phi_{phi}_ood_{ood:g}"
+
+
+def border_of_data(book):
+    """How many of the squares held out a threshold on phi gets wrong, which was fitted on the
+    others: halfway between the largest phi that memorises and the smallest with a circuit."""
+    phis = {"memorises": [], "circuit": []}
+    for phi, ood in product(PHIS, OOD_SHARES):
+        for kind in phis:
+            if all_are(book, phi, ood, kind) and (phi, ood) not in HELD_OUT:
+                phis[kind].append(phi)
+    if not phis["memorises"] or not phis["circuit"]:
+        raise Missing("a border of the map of plain data")
+    border = (max(phis["memorises"]) + min(phis["circuit"])) / 2
+    right = [all_are(book, phi, ood, "circuit" if phi > border else "memorises")
+             for phi, ood in HELD_OUT]
+    return {"wrong_by_border": right.count(False)}
+
+
+def all_are(book, phi, ood, kind):
+    """Whether every run of a square of the map of plain data is of a kind of class."""
+    return book.need(f"{data_square(phi, ood)} learnt {kind}").least == 1
+
+
+def sites_of_trm(book):
+    """At how many different sites the bridge is, over the seeds, both hops supervised."""
+    return {"sites_of_trm": len(set(book.need("trm/both_full end site name").values))}
+
+
+def derived_numbers(book):
+    """Numbers that predictions need and no file has, without those of which a run is missing."""
+    numbers = {}
+    for derive in (moves_of_map, border_of_data, sites_of_trm):
+        try:
+            numbers.update(derive(book))
+        except Missing:
             continue
-        place = (f"{members[0].config.phi:g}", f"{members[0].config.ood_fraction:g}")
-        classes = [class_of(run) for run in members if "end" in run.inside]
-        shares = last_shares(members)
-        answers = [shares[split].field("mean") for split in ("test_id", "test_ood")]
-        said = f"{counted(classes) or NOT_MEASURED}: {', '.join(answers)}"
-        words[place] = Cell([said], "text")
-        for name, part in CLASSES.items():
-            counts[(*place, name)] = Cell([float(part in kind) for kind in classes])
-    return words, counts
+    return numbers
 
 
-# ---------------------------------------------------------------- the book: new facts
-def new_facts_cells(members):
-    """{(when, split): Cell}: what is right after 500 and 2,000 steps and at the end, and what r2
-    alone gives."""
-    cells = {}
-    last = members[0].history[-1]
-    for split in last["accuracy"]:
-        if split in NEW:
-            guesses = [get(run.inside, f"r2_alone {split}") for run in members]
-            cells["r2_alone", split] = Cell(guesses)
-    for when, step in (("500", 500), ("2000", 2000), ("end", last["step"])):
-        for split in last["accuracy"]:
-            guess = cells.get(("r2_alone", split), NOTHING)
-            shares = [share_at(run, step, split) for run in members]
-            cells[when, split] = Cell(shares, chance=guess.mean)
-    cells["end", "steps"] = Cell([last["step"]], "count")
-    return cells
+def cheapest_square(book, level=0.9):
+    """{"place", "extra", "answer"}: the square of the map that answers nine in ten, with the fewest
+    additional compositions; {} while a square is missing."""
+    extra = {}
+    for hop1, hop2 in product(SHARES, SHARES):
+        answer = book.cell(f"{square(hop1, hop2)} last accuracy test_ood")
+        if not answer.have:
+            return {}
+        if answer.mean >= level:
+            extra[hop1, hop2] = book.cell(f"{square(hop1, hop2)} compositions extra").mean
+    if not extra:
+        return {"place": "none", "extra": "never", "answer": f"below {short(level)}"}
+    best = min(extra, key=extra.get)
+    return {"place": "{:g}, {:g}".format(*best), "extra": f"{extra[best]:,.0f}",
+            "answer": book.say(f"{square(*best)} last accuracy test_ood")}
 
 
-def new_facts_aim_cells(members):
-    """{(split, measure): Cell}: aim and store in compositions with new facts, at the end."""
-    cells = {}
-    for split, measure in product(NEW, INSIDE["aim_and_store"]):
-        if split in members[0].history[-1]["accuracy"]:
-            cells[split, measure] = inside_cell(members, "aim_and_store", "end", split, measure)
-    return cells
+def count_grafts(groups):
+    """{"parted", "parted_follow", "alike", "alike_follow"}: how many runs started with the mixing
+    of a seed whose form is another, or the same, and how many then have that seed's form."""
+    counts = Counter(parted=0, parted_follow=0, alike=0, alike_follow=0)
+    for members in groups.values():
+        forms = {run.config.seed: form_of(run) for run in members}
+        for run in members:
+            for graft in run.grafts:
+                own = forms[run.config.seed]
+                theirs = forms.get(graft["seed"])
+                result = word_of(graft)
+                if None not in (own, theirs, result):
+                    kind = "parted" if own != theirs else "alike"
+                    counts[kind] += 1
+                    counts[f"{kind}_follow"] += result == theirs
+    return dict(counts)
 
 
-@lru_cache(maxsize=None)
-def r2_alone_cells():
-    """{("paper", "code" or "text"): Cell}: what r2 alone gives of new + old in the paper's world,
-    five draws. Its code keeps 220 old facts and all compositions with one of them, its text 8,000
-    facts (Finding 3)."""
-    config = Config(**{**PRESETS["paper"][2], "new_facts": 2000})
-    code = []
-    text = []
-    for data_seed in range(5):
-        rng = np.random.default_rng(data_seed)
-        world = change_facts(make_world(replace(config, data_seed=data_seed)), config, rng)
-        code.append(r2_alone_of_kept(world, config.phi, 220, n_hops=1, rng=rng))
-        text.append(r2_alone_of_kept(world, config.phi, 8000, n_hops=2, rng=rng))
-    return {("paper", "code"): Cell(code), ("paper", "text"): Cell(text)}
+# ---------------------------------------------------------------- one row a run
+RUN_COLUMNS = {  # column: path in the numbers of a run; all but donor_id of OOD questions
+    "preset": "config preset", "answer": "end aim test_ood as_is", "n": "end aim test_ood n",
+    "seen": "end test_ood seen paper any", "chance": "end test_ood seen paper any_chance",
+    "seen_entity": "end test_ood seen state entity best",
+    "probe": "end test_ood present state best", "nearest_right": "end aim test_ood nearest_right",
+    "own_code": "end aim test_ood own_code", "snapped": "end aim test_ood snapped",
+    "donor": "end site test_ood donor", "code": "end site test_ood code",
+    "donor_id": "end site test_id donor", "n_swapped": "end site test_ood n",
+    "where": "end site where", "site": "end site name", "together": "together", "class": "class"}
 
 
-def r2_alone_of_kept(world, phi, n_kept, n_hops, rng):
-    """The share of new + old that r2 alone gives, in a World with new facts of which n_kept of the
-    old ones remain; and of phi training compositions an old fact those remain in which n_hops or
-    more of the hops do."""
-    old_facts = np.flatnonzero(~world.is_new)
-    is_kept = np.zeros(len(world.facts), bool)
-    is_kept[rng.permutation(old_facts)[:n_kept]] = True
-    first, second = compositions(world)
-    old = np.flatnonzero(~world.is_new[first] & ~world.is_new[second])
-    trained = rng.permutation(old)[:round(phi * len(old_facts))]
-    kept_hops = is_kept[first[trained]].astype(int) + is_kept[second[trained]]
-    remain = trained[kept_hops >= n_hops]
-    new_old = np.flatnonzero(world.is_new[first] & is_kept[second])
-    splits = {"train_inferred": queries(world, first[remain], second[remain]),
-              "new_old": queries(world, first[new_old], second[new_old])}
-    return r2_alone(world, splits)["new_old"]
-
-
-# ---------------------------------------------------------------- the book: one row a run
-RUN_COLUMNS = {  # column: path in inside.json at the end; all but donor_id of OOD questions
-    "answer": "aim test_ood as_is", "n": "aim test_ood n",
-    "seen": "test_ood seen paper any", "chance": "test_ood seen paper any_chance",
-    "seen_entity": "test_ood seen state entity best",
-    "probe": "test_ood present state best", "nearest_right": "aim test_ood nearest_right",
-    "own_code": "aim test_ood own_code", "snapped": "aim test_ood snapped",
-    "donor": "site test_ood donor", "code": "site test_ood code", "donor_id": "site test_id donor",
-    "n_swapped": "site test_ood n", "where": "site where", "site": "site name"}
-
-
-def rows_of_runs(groups):
-    """One dict a run that was looked into: its name, preset, the RUN_COLUMNS, what four sites
-    together redirect (None if that was not tried), its class."""
+def rows_of(groups, numbers):
+    """One dict a run in an old world that was looked into: its name and the RUN_COLUMNS."""
     rows = []
-    for run in chain(*groups.values()):
-        if "end" in run.inside:
-            row = {"run": run.name, "preset": run.config.preset}
-            for column, path in RUN_COLUMNS.items():
-                row[column] = get(run.inside["end"], path)
-            row["together"] = run.together[-1]["mixed_donors"] if run.together else None
-            row["class"] = class_of(run)
-            rows.append(row)
+    for group, members in groups.items():
+        for run, its_numbers in zip(members, numbers[group]):
+            if "end" in run.inside and not run.config.new_facts:
+                row = {"run": run.name}
+                for column, path in RUN_COLUMNS.items():
+                    row[column] = get(its_numbers, path)
+                rows.append(row)
     return rows
 
 
@@ -659,101 +526,81 @@ def exceptions(rows):
     return [row for row in answering_half(rows) if redirected_by(row) is None]
 
 
-def count_cells(runs, rows):
-    """{(what,): Cell} of how many runs were opened, answer half, are redirected by a donor, else by
+def count_runs(rows):
+    """{what: how many runs} that were opened, answer half, are redirected by a donor, else by
     codes, or by neither; the same of those in which the lens sees less than half; in how many a
-    donor redirects .8 of the ID answers at the site, and of the OOD answers, too; what four sites
-    together redirect where none does; and how many hours all runs trained, on one core each."""
+    donor redirects .8 of the ID answers at the site, and of the OOD answers, too; and of how many
+    exceptions four sites together redirect .8."""
     half = answering_half(rows)
     swaps = [redirected_by(row) for row in half]
     unseen = [row for row in half if row["seen"] is not None and row["seen"] < 0.5]
     swaps_unseen = [redirected_by(row) for row in unseen]
     id_site = [row for row in half if row["donor_id"] is not None and row["donor_id"] >= 0.8]
     swaps_id_site = [redirected_by(row) for row in id_site]
-    together = [row["together"] for row in exceptions(rows) if row["together"] is not None]
-    seconds = sum(run.history[-1].get("seconds", 0) for run in chain(*runs.groups.values()))
-    numbers = {"opened": len(rows), "half": len(half), "used": swaps.count("donor"),
-               "coded": swaps.count("code"), "unseen": len(unseen),
-               "unseen_used": swaps_unseen.count("donor"),
-               "unseen_coded": swaps_unseen.count("code"), "unexplained": swaps.count(None),
-               "id_site": len(id_site), "id_site_used": len(id_site) - swaps_id_site.count(None),
-               "together": sum(share >= 0.8 for share in together), "hours": seconds / 3600}
-    cells = {(name,): Cell([number], "count") for name, number in numbers.items()}
-    cells["apart",] = Cell([share for share in together if share < 0.8])
-    return cells
+    return {"opened": len(rows), "half": len(half), "used": swaps.count("donor"),
+            "coded": swaps.count("code"), "unseen": len(unseen),
+            "unseen_used": swaps_unseen.count("donor"),
+            "unseen_coded": swaps_unseen.count("code"), "unexplained": swaps.count(None),
+            "id_site": len(id_site), "id_site_used": len(id_site) - swaps_id_site.count(None),
+            "together": sum((row["together"] or 0) >= 0.8 for row in exceptions(rows))}
 
 
 # ---------------------------------------------------------------- the book itself
-PER_RUN = ("runs", "measure")
-INNER = ("runs", "weights", "questions", "measure")
-KEYS = {"training": PER_RUN, "compositions": PER_RUN, "film": PER_RUN, "aim_and_store": INNER,
-        "swaps": INNER, "seen": INNER, "map": ("hop1", "hop2", "measure"),
-        "new_facts": ("runs", "when", "questions"),
-        "new_facts_aim": ("runs", "questions", "measure"), "r2_alone": ("world", "measure"),
-        "counts": ("measure",), "derived": ("measure",), "needed": ("hops", "measure"),
-        "site": ("runs", "weights"), "form": ("runs",), "graft": PER_RUN, "grokfast": PER_RUN,
-        "data": ("phi", "ood_fraction"), "classes": ("phi", "ood_fraction", "class"),
-        "paper": PER_RUN}
-# of words, or with a file of its own
-NO_CSV = ("needed", "site", "form", "graft", "data", "classes", "paper", "derived")
-FIND_TRAINED = {"training": training_cells, "compositions": composition_cells, "film": film_cells,
-                "site": site_cells, "form": form_cells, "graft": graft_cells,
-                "grokfast": grokfast_cells}
-FIND_TUNED = {"new_facts": new_facts_cells, "new_facts_aim": new_facts_aim_cells}
-
-
-class Book(dict):
-    """{table: {keys: Cell}}, and the verdicts on them."""
+class Book:
+    """The numbers of all groups, the verdicts on them, and what became of the predictions."""
 
     def __init__(self, runs):
-        super().__init__()
-        trained = {}  # {group: its runs}, from scratch in an old world
-        tuned = {}    # the same of runs on new facts
-        for group, members in runs.groups.items():
-            kind = tuned if members[0].config.new_facts else trained
-            kind[group] = members
         self.runs = runs
-        self.rows = rows_of_runs(trained)
-        for table, find in FIND_TRAINED.items():
-            self[table] = in_groups(trained, find)
-        for table in INSIDE:
-            self[table] = in_groups(trained, partial(inside_cells, table=table))
-        for table, find in FIND_TUNED.items():
-            self[table] = in_groups(tuned, find)
-        self["map"] = map_cells(trained, self)
-        self["needed"] = needed_cells(self["map"])
-        self["data"], self["classes"] = data_cells(trained)
-        self["r2_alone"] = r2_alone_cells()
-        self["counts"] = count_cells(runs, self.rows)
-        self["paper"] = {keys: Cell([text], "text") for keys, (text, _) in PAPER.items()}
-        self["derived"] = {(name,): Cell([number]) for name, number in
-                           derived_numbers(self).items()}
+        self.numbers = {}  # {group: [numbers of a run, ...]}
+        for group, members in runs.groups.items():
+            self.numbers[group] = [numbers_of(run) for run in members]
+        self.rows = rows_of(runs.groups, self.numbers)
+        seconds = sum(run.history[-1].get("seconds", 0) for run in chain(*runs.groups.values()))
+        # groups of what is no run
+        self.numbers["paper"] = [paper_numbers()]
+        self.numbers["paper_world"] = runs.paper_world
+        self.numbers["all"] = [{"counts": {**count_runs(self.rows), **count_grafts(runs.groups),
+                                           "hours": seconds / 3600}}]
+        apart = [row["together"] for row in exceptions(self.rows)]
+        self.numbers["apart"] = [{"together": share} for share in apart
+                                 if share is not None and share < 0.8]
+        self.numbers["needed"] = [cheapest_square(self)]
+        self.numbers["derived"] = [derived_numbers(self)]
         outcomes, self.predictions = predict_all(self)
         self.verdicts = {**judge_all(self), **outcomes}  # {name: word}
         for name, word in (("hold", HOLDS), ("fail", FAILS), ("open", OPEN)):
-            self["counts"][name,] = Cell([list(outcomes.values()).count(word)], "count")
+            self.numbers["all"][0]["counts"][name] = list(outcomes.values()).count(word)
 
-    def look(self, words):
-        """The Cell at "TABLE KEY ..."; NOTHING if there is none."""
-        table, *keys = words.split()
-        if table not in self or len(keys) != len(KEYS[table]):
-            raise BadInput(f"template: {{value:{words}}}: is no cell of a table")
-        return self[table].get(tuple(keys), NOTHING)
+    def cell(self, place):
+        """The Cell at "GROUP PATH"."""
+        group, _, path = place.partition(" ")
+        return cell_at(self.numbers.get(group, []), path)
 
-    def need(self, words):
-        """The Cell at "TABLE KEY ..."; Missing if nothing was measured."""
-        cell = self.look(words)
-        if not cell.values or cell.kind == "share" and not cell.have:
-            raise Missing(words)
+    def need(self, place):
+        """The Cell at "GROUP PATH"; Missing if nothing was measured."""
+        cell = self.cell(place)
+        if all(value is None for value in cell.values):
+            raise Missing(place)
         return cell
 
     def say(self, words):
-        """The text of the Cell at "TABLE KEY ...", or of a FIELD of it."""
-        where, _, name = words.rpartition(" ")
-        if name not in (*FIELDS, *IN_WORDS):
-            where = words
-            name = "text"
-        cell = self.look(where)
-        if not cell.values:
-            return NOT_MEASURED if self.runs.groups.keys() & set(where.split()) else NO_RUN
-        return cell.field(name)
+        """The text of the Cell at "GROUP PATH", or of a FIELD of it."""
+        place, _, name = words.rpartition(" ")
+        group = words.partition(" ")[0]
+        if not self.numbers.get(group):
+            return NO_RUN
+        whole = self.cell(words)
+        if name in (*FIELDS, *IN_WORDS) and not whole.have:
+            return self.cell(place).field(name)
+        return whole.text()
+
+
+def paper_numbers():
+    """The numbers of He et al., arXiv 2601.09049, as nested dicts: one run each; steps in
+    thousands."""
+    numbers = {}
+    text = decode(read_bytes(PAPER), PAPER)
+    for row in csv.DictReader(text.splitlines()):
+        regime, measure = row["path"].split()
+        numbers.setdefault(regime, {})[measure] = row["number"]
+    return numbers

@@ -70,6 +70,14 @@ def shares_of(run, split):
     return [line["accuracy"][split] for line in run.history]
 
 
+def share_at(run, split, step):
+    """What a run answers of a split at the evaluation after this step; None if there was none."""
+    for line in run.history:
+        if line["step"] == step:
+            return line["accuracy"].get(split)
+    return None
+
+
 # ---------------------------------------------------------------- what the pictures share
 def mean(values):
     """The mean of those that were measured; nan if none was."""

@@ -1,5 +1,5 @@
 """The charts of README and results page, one function each; a Shelf of runs gives their numbers."""
-from itertools import chain
+from itertools import chain, cycle, product
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -7,12 +7,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from analyze import short
-from experiments.book import MAP_MEASURES, get, inside_cell, is_of_map, share_at
+from experiments.book import SHARES, get, square
 from experiments.canvas import (BLUE, GREEN, GREY, INDIGO, PURPLE, SAND, SKY, WHOLE, WIDTH, WINE,
                                 Absent, draw_curves, mean, name_of, name_seeds, new_curves,
-                                set_message, shares_of, show_shares, span, steps_of, tick,
+                                set_message, share_at, shares_of, show_shares, span, steps_of, tick,
                                 write_shares)
-from experiments.verdicts import SHARES
 from grok import first_step
 
 # ---------------------------------------------------------------- it groks
@@ -231,44 +230,40 @@ def draw_points(axes, points):
 
 
 # ---------------------------------------------------------------- the map of supervision
-PANELS = {"answer": "answered as it is", "aim": "aim of hop 1:\nthe nearest code is right",
-          "store": "store of hop 2:\nthe right code is answered", "seen": "seen by the lens"}
+PANELS = {  # what is in inside.json: title
+    "end aim test_ood as_is": "answered as it is",
+    "end aim test_ood nearest_right": "aim of hop 1:\nthe nearest code is right",
+    "end aim test_ood own_code": "store of hop 2:\nthe right code is answered",
+    "end test_ood seen paper any": "seen by the lens"}
+ANSWER, AIM, STORE, SEEN = PANELS
 
 
 def supervision(runs):
     """The four panels over the shares of OOD facts that are supervised as hop 1 and as hop 2."""
-    maps, chances = read_maps(runs)
-    if not chances:
+    maps = {path: read_map(runs, path) for path in PANELS}
+    chances = read_map(runs, SEEN + "_chance")
+    if np.isnan(maps[ANSWER]).all():
         raise Absent("no measured run of map")
     figure = Figure((WIDTH, 2.9), layout="constrained")
-    for axes, (panel, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
-        draw_panel(axes, maps[panel], "Oranges" if panel == "seen" else "Blues")
+    for axes, (path, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
+        draw_panel(axes, maps[path], "Oranges" if path == SEEN else "Blues")
         axes.set_title(title, fontsize=9)
-    figure.axes[-1].set_title(f"{PANELS['seen']}\n(chance {span(chances)})", fontsize=9)
+    chance = span(chances[np.isfinite(chances)])
+    figure.axes[-1].set_title(f"{PANELS[SEEN]}\n(chance {chance})", fontsize=9)
     figure.axes[0].set_ylabel("share supervised as hop 1")
     figure.supxlabel("share of the OOD facts supervised as hop 2", fontsize=9)
     set_message(figure, say_map(maps))
     return figure
 
 
-def read_maps(runs):
-    """({panel: its shares (hop 1, hop 2), nan where none was measured}, chances of the lens)."""
-    maps = {panel: np.full((len(SHARES), len(SHARES)), np.nan) for panel in PANELS}
-    chances = []
-    for group, members in runs.groups.items():
-        if not is_of_map(group) or not runs.measured(members):
-            continue
-        config = members[0].config
-        if not {config.hop1, config.hop2} <= set(SHARES):
-            runs.left_out[group] = "has other shares than the map"
-            continue
-        for panel, shares in maps.items():
-            table, measure = MAP_MEASURES[panel]
-            cell = inside_cell(members, table, "end", "test_ood", measure)
-            shares[SHARES.index(config.hop1), SHARES.index(config.hop2)] = mean(cell.values)
-            if panel == "seen":
-                chances.append(cell.chance)
-    return maps, chances
+def read_map(runs, path):
+    """The means of what stands at a path in inside.json, (hop 1's shares, hop 2's); nan where
+    nothing was measured."""
+    values = np.full((len(SHARES), len(SHARES)), np.nan)
+    for row, column in product(range(len(SHARES)), repeat=2):
+        group = runs.groups.get(square(SHARES[row], SHARES[column]), [])
+        values[row, column] = mean(get(run.inside, path) for run in runs.measured(group))
+    return values
 
 
 def draw_panel(axes, values, shades):
@@ -288,17 +283,17 @@ def draw_panel(axes, values, shades):
 def say_map(maps):
     """The message of `supervision`: what supervising all of a hop's facts adds, to aim and store,
     as a mean over the shares of the other hop."""
-    gains = {}
-    for panel in ("aim", "store"):
-        values = maps[panel]
-        for hop, added in ((1, values[-1] - values[0]), (2, values[:, -1] - values[:, 0])):
-            gains[panel, hop] = mean(gain for gain in added if np.isfinite(gain))
-    if np.isnan(list(gains.values())).any():
-        n_cells = int(np.isfinite(maps["answer"]).sum())
-        return f"Answer, aim, store and lens in {n_cells} of {maps['answer'].size} cells"
-    return (f"Supervising all of hop 1 adds {signed(gains['aim', 1])} to its aim and "
-            f"{signed(gains['store', 1])} to the store of hop 2; supervising all of hop 2 adds "
-            f"{signed(gains['aim', 2])} and {signed(gains['store', 2])} (means)")
+    gains = []
+    for values in (maps[AIM], maps[STORE]):
+        for added in (values[-1] - values[0], values[:, -1] - values[:, 0]):
+            gains.append(mean(added[np.isfinite(added)]))
+    if np.isnan(gains).any():
+        n_squares = int(np.isfinite(maps[ANSWER]).sum())
+        return f"Answer, aim, store and lens in {n_squares} of {maps[ANSWER].size} squares"
+    aim_by_hop1, aim_by_hop2, store_by_hop1, store_by_hop2 = [signed(gain) for gain in gains]
+    return (f"Supervising all of hop 1 adds {aim_by_hop1} to its aim and {store_by_hop1} to the "
+            f"store of hop 2; supervising all of hop 2 adds {aim_by_hop2} and {store_by_hop2} "
+            "(means)")
 
 
 def signed(number):
@@ -321,7 +316,7 @@ def plain_data(runs):
     last = min(group[0].config.steps for group in groups.values())
     for axes, (title, group) in zip(panels, groups.items()):
         for split, color in (("train_inferred", GREY), ("test_id", SKY), ("test_ood", BLUE)):
-            for run, line in zip(group, SEED_LINES):
+            for run, line in zip(group, cycle(SEED_LINES)):
                 axes.plot(steps_of(group), shares_of(run, split), line, color=color, linewidth=1.2)
         show_shares(axes)
         axes.set(xlim=(0, last), title=title,
@@ -330,7 +325,7 @@ def plain_data(runs):
     panels[0].set_ylabel("share of two-step questions answered")
     names = {"training": GREY, "unseen, of ID facts": SKY, "unseen, of OOD facts": BLUE}
     handles = [Line2D([], [], color=color, label=name) for name, color in names.items()]
-    for run, line in zip(group, SEED_LINES):
+    for run, line in zip(group, cycle(SEED_LINES)):
         handles.append(Line2D([], [], linestyle=line, color="black",
                               label=f"seed {run.config.seed}"))
     figure.legend(handles=handles, loc="outside lower center", ncols=6)
@@ -395,7 +390,7 @@ def draw_exposure(axes, groups, split, color):
     """A dot a seed of facts not exposed, and a line through the means; {share exposed: mean}."""
     means = {}
     for share, group in groups.items():
-        values = [share_at(run, 2000, split) for run in group]
+        values = [share_at(run, split, 2000) for run in group]
         means[share] = mean(values)
         axes.plot([share] * len(values), values, "o", color=color, markersize=5, alpha=0.6,
                   clip_on=False)

@@ -6,15 +6,13 @@
 
 The words of a page stand in page.md or readme.md; the numbers come from here, in these places:
 
-    {value:TABLE KEY ... [FIELD]}   a Cell of the book: "mean (least to most)", or one FIELD of it
-    {verdict:NAME}                  holds, partly, differs or open (JUDGES), fails (predictions.txt)
-    {exceptions} {left_out}         a table of runs; the runs that cannot be used, and why
-    {when NAME: WORD ...} ... {end} lines that stand only if the verdict is one of these words
+    {value:PLACE [FIELD]}      a number of the book: "mean (least to most)", or one FIELD of it
+    {verdict:NAME}             holds, partly, differs or open (JUDGES), fails (predictions.txt)
+    {exceptions} {left_out}    a table of runs; the runs that cannot be used, and why
 
-and in tables a line "| = | TABLE @1 KEY | ..." says what is looked up in the lines below it, each
-"| label | @ KEY; KEY |". A line without a run is left out, and a sentence below says so.
-
-The book is {table: {keys: Cell}}; tables/TABLE.csv holds all of a table, a line a Cell.
+and in tables a line "| = | {value:@1 PATH} | ..." is the pattern of the lines below it, each
+"| label | @ GROUP; WORD |", which stand for @1 and @2. A line without a run is left out, and a
+sentence below says so. What a PLACE is, book.py says; tables/TABLE.csv holds more than the page.
 """
 import csv
 import io
@@ -29,8 +27,7 @@ if not __package__:  # started as a script, `python experiments/tables.py`, from
 
 from analyze import short
 from data import BadInput, decode, read_bytes
-from experiments.book import (FIELDS, KEYS, NEVER, NO_CSV, NO_RUN, PAPER, RUN_COLUMNS, Book,
-                              exceptions, read_runs)
+from experiments.book import (FIELDS, NO_RUN, RUN_COLUMNS, Book, exceptions, get, read_runs)
 from experiments.verdicts import JUDGES, rule_of
 from grok import Parser, command, say, write_file
 
@@ -38,17 +35,8 @@ from grok import Parser, command, say, write_file
 # ---------------------------------------------------------------- the page
 def fill(template, book):
     """The page: the template with all its places filled."""
-    lines = []
-    stands = True
-    for line in template.splitlines():
-        if line.startswith("{when "):
-            name, _, words = line.strip("{}").removeprefix("when ").partition(":")
-            stands = book.verdicts[name] in words.split()
-        elif line == "{end}":
-            stands = True
-        elif stands:
-            lines.append(line)
-    text = fill_places("\n".join(fill_tables(lines, book)), book)
+    lines = fill_tables(template.splitlines(), book)
+    text = fill_places("\n".join(lines), book)
     text = re.sub(r"\n{3,}", "\n\n", text) + "\n"
     return re.sub(r"^\|.*", narrow, text, flags=re.MULTILINE)
 
@@ -72,11 +60,12 @@ def readme(book):
 
 def wrap(block):
     """A paragraph, or a list of items that begin with "- ", in lines of 120 characters."""
-    items = re.split(r"\n(?=- )", block)
-    return "\n".join(textwrap.fill(" ".join(item.split()), 120, break_long_words=False,
-                                   break_on_hyphens=False,
-                                   subsequent_indent="  " if item.startswith("- ") else "")
-                     for item in items)
+    wrapped = []
+    for item in re.split(r"\n(?=- )", block):
+        indent = "  " if item.startswith("- ") else ""
+        wrapped.append(textwrap.fill(" ".join(item.split()), 120, break_long_words=False,
+                                     break_on_hyphens=False, subsequent_indent=indent))
+    return "\n".join(wrapped)
 
 
 def fill_places(text, book):
@@ -97,7 +86,8 @@ def fill_places(text, book):
 
 
 def fill_tables(lines, book):
-    """The lines with those of tables that have a pattern, "| = | ...", looked up."""
+    """The lines with those of tables that have a pattern, "| = | ...", written out: the places in
+    them are still to be filled."""
     result = []
     pattern = None
     left_out = []
@@ -110,11 +100,12 @@ def fill_tables(lines, book):
             pattern = None
             left_out = []
         if pattern:
-            row = fill_row(line, pattern, book)
-            if row is None:
-                left_out.append(cells_of(line)[0])
+            label, keys = cells_of(line)
+            line = f"| {' | '.join([label, *put_keys(pattern, keys)])} |"
+            places = re.findall(r"\{value:([^{}]*)\}", line)
+            if all(book.say(place) == NO_RUN for place in places):
+                left_out.append(label)
                 continue
-            line = row
         result.append(line)
     return result[:-1]
 
@@ -124,22 +115,14 @@ def cells_of(line):
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
-def fill_row(line, pattern, book):
-    """"| label | @ KEY; KEY |" with the cells of the pattern looked up; None if there is no run."""
-    label, keys = cells_of(line)
-    keys = keys.removeprefix("@").split(";")
-    filled = [label]
-    looked_up = []
-    for words in pattern:
-        for number, key in enumerate(keys, 1):
-            words = words.replace(f"@{number}", key.strip())
-        if words.split()[0] in KEYS:
-            words = book.say(words)
-            looked_up.append(words)
-        filled.append(words)
-    if set(looked_up) == {NO_RUN}:
-        return None
-    return f"| {' | '.join(filled)} |"
+def put_keys(pattern, keys):
+    """The cells of the pattern with @1, @2, ... replaced by those of "@ KEY; KEY"."""
+    cells = []
+    for cell in pattern:
+        for number, key in enumerate(keys.removeprefix("@").split(";"), 1):
+            cell = cell.replace(f"@{number}", key.strip())
+        cells.append(cell)
+    return cells
 
 
 def end_table(lines, left_out):
@@ -178,6 +161,43 @@ def left_out_sentence(runs):
 
 
 # ---------------------------------------------------------------- files
+CSVS = {  # table: the first words of the places in it
+    "training": ("step", "times_as_late", "last accuracy", "last lens", "compositions"),
+    "aim_and_store": ("fit aim", "end aim"), "swaps": ("fit site", "end site"),
+    "seen": ("end test_id", "end test_ood"),
+    "new_facts": ("500 accuracy", "2000 accuracy", "last accuracy", "r2_alone"),
+    "film": ("film",), "grokfast": ("grokfast",), "paper_world": ("code", "text"),
+    "counts": ("counts",)}
+
+
+def csv_of_places(book, table):
+    """A line a place in one of CSVS, with the FIELDS of its Cell; new_facts has the runs on new
+    facts alone, training all others."""
+    rows = []
+    for group, members in book.numbers.items():
+        is_tuned = bool(get(members[0], "config new_facts")) if members else False
+        if table in ("training", "new_facts") and is_tuned != (table == "new_facts"):
+            continue
+        for prefix in CSVS[table]:
+            paths = dict.fromkeys(path for numbers in members for path in paths_in(numbers, prefix))
+            for path in paths:
+                cell = book.cell(f"{group} {path}")
+                rows.append([group, path, *(getattr(cell, name) for name in FIELDS)])
+    return write_csv(["runs", "path", *FIELDS], rows)
+
+
+def paths_in(tree, path):
+    """Every path, beginning with this one, to a number that is no size and no chance level."""
+    inner = get(tree, path)
+    if isinstance(inner, dict):
+        for name in inner:
+            is_size = name in ("n", "left_out") or name.startswith("n_")
+            if not is_size and not name.endswith("_chance"):
+                yield from paths_in(tree, f"{path} {name}")
+    elif isinstance(inner, (int, float)):
+        yield path
+
+
 def write_csv(head, rows):
     """Bytes of a CSV; shares to four digits, None is empty."""
     text = io.StringIO()
@@ -186,15 +206,6 @@ def write_csv(head, rows):
     for row in rows:
         writer.writerow([round(cell, 4) if isinstance(cell, float) else cell for cell in row])
     return text.getvalue().encode()
-
-
-def csv_of_cells(book, table):
-    """A line a Cell that has a value, or that says "never"."""
-    rows = []
-    for keys, cell in book[table].items():
-        if cell.have or cell.kind in NEVER:
-            rows.append([*keys, *(getattr(cell, name) for name in FIELDS)])
-    return write_csv([*KEYS[table], *FIELDS], rows)
 
 
 def read_template(name):
@@ -206,16 +217,11 @@ def all_files(root):
     """({path below ROOT: bytes} of page and tables, the Book)."""
     book = Book(read_runs(root))
     files = {"README.md": fill(read_template("page.md"), book).encode()}
-    for table in KEYS:
-        if table not in NO_CSV:
-            files[f"tables/{table}.csv"] = csv_of_cells(book, table)
-    columns = ["run", "preset", *RUN_COLUMNS, "together", "class"]
-    rows = []
-    for row in book.rows:
-        rows.append([row[column] for column in columns])
+    for table in CSVS:
+        files[f"tables/{table}.csv"] = csv_of_places(book, table)
+    columns = ["run", *RUN_COLUMNS]
+    rows = [[row[column] for column in columns] for row in book.rows]
     files["tables/runs.csv"] = write_csv(columns, rows)
-    paper = [[*keys, number, source] for keys, (number, source) in PAPER.items()]
-    files["tables/paper.csv"] = write_csv(["runs", "measure", "number", "source"], paper)
     files["tables/verdicts.csv"] = csv_of_verdicts(book)
     files["tables/predictions.csv"] = write_csv(
         ["name", "prediction", "number of", "number", "rule", "level", "outcome"], book.predictions)

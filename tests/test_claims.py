@@ -47,6 +47,8 @@ CLAIMS = [  # group, stage, number, least, most
     ("small/second_full", "end", "site test_ood noise", 0, 0.2),
     ("small/second_full", "end", "site test_ood others_swapped", 0.9, 1),
     ("small/natural", "end", "lens test_ood any", 0, 0.2),
+    # What has to be copied hides it: with the answer alone graded the lens sees half.
+    ("dial/answer_only", "end", "lens test_ood any", 0.5, 1),
     ("small/natural", "end", "site test_ood donor", 0.8, 1),
     # In the recursion the bridge gathers with time: early its code redirects in part, late wholly.
     ("trm/both_full", "end", "site test_ood code", 0.5, 1),

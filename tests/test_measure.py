@@ -1,15 +1,17 @@
-"""What experiments/measure.py promises: `pytest tests/test_measure.py`."""
+"""What experiments/measure.py and paper_world.py promise: `pytest tests/test_measure.py`."""
 import json
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import data
 import grok
 from analyze import inference_path, plain
 from data import Queries
-from experiments import measure
+from experiments import measure, paper_world
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +136,35 @@ def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys):
         assert measure.main([str(folder)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_r2_alone_in_a_small_world_is_counted_by_hand():
+    config = grok.Config(**{**grok.PRESETS["smoke"][2], "new_facts": 12})
+    world = data.change_facts(data.make_world(config), config, np.random.default_rng(1))
+    share = paper_world.r2_alone_of_kept(world, 4, 20, 1, np.random.default_rng(2))
+    rng = np.random.default_rng(2)
+    old = np.flatnonzero(~world.is_new)
+    kept = set(rng.permutation(old)[:20].tolist())
+    pairs = [(one, two) for one, two in product(range(len(world.facts)), repeat=2)
+             if world.facts[one, 2] == world.facts[two, 0]]
+    both_old = [pair for pair in pairs if not world.is_new[list(pair)].any()]
+    trained = [both_old[row] for row in rng.permutation(len(both_old))[:4 * len(old)]]
+    answers = {}
+    for one, two in trained:
+        if one in kept or two in kept:
+            answers.setdefault(world.facts[two, 1], []).append(world.facts[two, 2])
+    right = []
+    for one, two in pairs:
+        if world.is_new[one] and two in kept:
+            given = answers.get(world.facts[two, 1], [0])
+            right.append(world.facts[two, 2] == max(sorted(set(given)), key=given.count))
+    assert len(right) > 5 and share == pytest.approx(np.mean(right))
+
+
+def test_the_papers_world_is_drawn_into_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper_world, "N_DRAWS", 1)
+    assert paper_world.main(["-o", str(tmp_path)]) == 0
+    draw, = json.loads((tmp_path / "paper_world.json").read_text())
+    shipped = json.loads((paper_world.SHIPPED / "paper_world.json").read_text())
+    assert draw == pytest.approx(shipped[0]) and len(shipped) == 5
+    assert paper_world.main(["-o", str(tmp_path / "none")]) == 2

@@ -322,10 +322,10 @@ def test_messages_do_not_say_what_is_not_so():
         "trm, natural: after the fit it does not store hop 2 (.10 to .10) and does not aim hop 1 "
         "(.30 to .30)")
     maps = dict.fromkeys(charts.PANELS, np.full((5, 5), np.nan))
-    maps["answer"] = np.where(np.eye(5) > 0, 0.5, np.nan)
-    assert charts.say_map(maps) == "Answer, aim, store and lens in 5 of 25 cells"
+    maps[charts.ANSWER] = np.where(np.eye(5) > 0, 0.5, np.nan)
+    assert charts.say_map(maps) == "Answer, aim, store and lens in 5 of 25 squares"
     alike = np.add.outer(np.arange(5.0), np.arange(5.0)) / 10
-    assert charts.say_map({"answer": alike, "aim": alike, "store": alike}).startswith(
+    assert charts.say_map(dict.fromkeys(charts.PANELS, alike)).startswith(
         "Supervising all of hop 1 adds +.40 to its aim and +.40 to the store of hop 2")
 
 
@@ -373,16 +373,6 @@ def test_a_run_that_never_fitted_is_not_filmed_as_fitted(tmp_path):
     write_film(folder)
     with pytest.raises(canvas.Absent, match="never fitted"):
         figure_of("film.png", canvas.Shelf(tmp_path))
-
-
-def test_a_cell_beside_the_grid_of_the_map_is_left_out_by_name(root, tmp_path):
-    shutil.copytree(root / "map", tmp_path / "map")
-    write_run(tmp_path, "map/hop1_0.1_hop2_0/seed0", config_of("small", hop1=0.1), groks,
-              inside_of())
-    shelf = canvas.Shelf(tmp_path)
-    figure = figure_of("map.png", shelf)
-    assert shelf.left_out == {"map/hop1_0.1_hop2_0": "has other shares than the map"}
-    assert len(figure.axes[0].texts) == 17  # three corners are runs of small
 
 
 def test_the_recursion_shows_each_site_where_it_is(root, tmp_path):

@@ -5,7 +5,6 @@ The page is that of the shipped runs; all else is tried on made-up runs, whose n
 """
 import csv
 import json
-import math
 import os
 import re
 import subprocess
@@ -21,7 +20,7 @@ import data
 import grok
 from experiments import book as book_module
 from experiments import predictions, run_all, tables, verdicts
-from experiments.book import Book, Cell, read_runs
+from experiments.book import NEVER, Book, Cell, read_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "runs/shipped"
@@ -101,16 +100,7 @@ def write_run(root, name, config=None, shares=None, inside=None, film=None, step
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Without the draws of the paper's world, which take a second."""
-    def cells():
-        return {("paper", "code"): Cell([0.5, 0.625]), ("paper", "text"): Cell([0.03125])}
-
-    monkeypatch.setattr(book_module, "r2_alone_cells", cells)
-
-
-@pytest.fixture
-def write(quick, tmp_path):
+def write(tmp_path):
     """(a function that writes a run, a function that reads the Book of what was written)."""
     root = tmp_path / "root"
 
@@ -128,8 +118,9 @@ def classes_of_data(border, wrong=()):
     cells = {}
     for phi, ood in product((3, 6, 9, 12, 18), ("0.06", "0.125", "0.25")):
         memorises = (phi < border) != ((phi, ood) in wrong)
-        cells[f"classes {phi} {ood} memorises"] = [float(memorises)]
-        cells[f"classes {phi} {ood} circuit"] = [1.0 - memorises]
+        group = book_module.data_square(phi, float(ood))
+        cells[f"{group} learnt memorises"] = [float(memorises)]
+        cells[f"{group} learnt circuit"] = [1.0 - memorises]
     return Stub(cells)
 
 
@@ -137,20 +128,21 @@ def classes_of_data(border, wrong=()):
     (7, (), 0), (12, (), 0), (7, [(6, "0.25")], 1), (7, [(6, "0.06"), (12, "0.125")], 2)])
 def test_the_border_of_plain_data_is_fitted_on_other_cells_than_it_is_tested_on(border, wrong,
                                                                                number):
-    assert predictions.wrong_by_border(classes_of_data(border, wrong)) == number
+    assert book_module.border_of_data(classes_of_data(border, wrong)) == {
+        "wrong_by_border": number}
 
 
 def test_one_seed_of_another_class_counts_against_its_square():
     book = classes_of_data(7)
-    book.cells["classes 9 0.25 circuit"] = [1.0, 0.0]
-    assert predictions.wrong_by_border(book) == 0  # it is not held out
-    book.cells["classes 12 0.125 circuit"] = [1.0, 0.0]
-    assert predictions.wrong_by_border(book) == 1
+    book.cells["data/phi_9_ood_0.25 learnt circuit"] = [1.0, 0.0]
+    assert book_module.border_of_data(book) == {"wrong_by_border": 0}  # it is not held out
+    book.cells["data/phi_12_ood_0.125 learnt circuit"] = [1.0, 0.0]
+    assert book_module.border_of_data(book) == {"wrong_by_border": 1}
 
 
 def test_without_a_cell_on_either_side_there_is_no_border():
     with pytest.raises(verdicts.Missing):
-        predictions.wrong_by_border(classes_of_data(3))
+        book_module.border_of_data(classes_of_data(3))
 
 
 def test_the_class_of_every_run_of_a_square_counts(write):
@@ -159,9 +151,10 @@ def test_the_class_of_every_run_of_a_square_counts(write):
     for seed, right in enumerate((0.75, 0.25)):
         write_one(f"data/phi_6_ood_0.06/seed{seed}", config=square, inside=inside_of(),
                   shares={"test_id": right, "test_ood": 0.0})
-    classes = read_book()["classes"]
-    assert classes["6", "0.06", "circuit"].values == [1.0, 0.0]
-    assert classes["6", "0.06", "for_all"].values == [0.0, 0.0]
+    book = read_book()
+    assert book.cell("data/phi_6_ood_0.06 learnt circuit").values == [1.0, 0.0]
+    assert book.cell("data/phi_6_ood_0.06 learnt for_all").values == [0.0, 0.0]
+    assert book.say("data/phi_6_ood_0.06 class") == "an ID circuit (1), between these (1)"
 
 
 def test_grafts_are_counted_by_whether_the_two_seeds_differ_in_form(write):
@@ -172,7 +165,7 @@ def test_grafts_are_counted_by_whether_the_two_seeds_differ_in_form(write):
         write_one(f"small/both_full/seed{seed}", grafts=grafts.get(seed),
                   inside=inside_of(entity=entity, last=0.75 - entity))
     book = read_book()
-    said = [book.say(f"graft small/both_full {name}")
+    said = [book.say(f"all counts {name}")
             for name in ("alike", "alike_follow", "parted", "parted_follow")]
     assert said == ["1", "1", "2", "1"]
     outcomes, _ = predictions.predict_all(book)
@@ -186,9 +179,9 @@ def test_runs_with_amplified_gradients_are_told_beside_those_without(write):
                   grokfast={"fit": 700, "nine_in_ten": step, "answer": 0.5})
     write_one("search/other/seed0")
     book = read_book()
-    assert book.say("grokfast search/one nine_in_ten") == "2,500 (1 never)"
-    assert book.say("grokfast search/one answer") == ".50"
-    assert ("search/other", "fit") not in book["grokfast"]
+    assert book.say("search/one grokfast nine_in_ten") == "2,500 (1 never)"
+    assert book.say("search/one grokfast answer") == ".50"
+    assert book.say("search/other grokfast fit") == "*not measured*"
 
 
 def test_the_form_of_the_bridge_is_told_seed_by_seed(write):
@@ -196,9 +189,9 @@ def test_the_form_of_the_bridge_is_told_seed_by_seed(write):
     write_one("small/natural/seed0", inside=inside_of(entity=0.75, last=0.0))
     write_one("small/natural/seed1", inside=inside_of(entity=0.0, last=0.5))
     write_one("small/both_full/seed0", inside=inside_of(entity=0.25, last=0.25))
-    form = read_book()["form"]
-    assert form["small/natural",].values == ["first, last"]
-    assert ("small/both_full",) not in form
+    book = read_book()
+    assert book.say("small/natural form each") == "first, last"
+    assert book.say("small/both_full form") == "*not measured*"
 
 
 # ---------------------------------------------------------------- the page
@@ -217,6 +210,7 @@ def test_readme_is_what_its_template_and_the_shipped_runs_give():
 def whole(tmp_path_factory):
     """A folder with a run of every seed of every line of the plan, its files and its Book."""
     root = tmp_path_factory.mktemp("whole")
+    (root / "paper_world.json").write_text('[{"code": 0.625, "text": 0.03125}]')
     configs = {}
     frame = {"nearest_right": 0.75, "own_code": 0.75, "as_is": 0.25}
     film = [{"step": 2000, "fitted": 1.0, "test_id": frame, "test_ood": frame}]
@@ -262,13 +256,13 @@ def test_every_group_of_the_plan_is_read_somewhere(whole, monkeypatch):
     """By page or README, by a prediction, a notebook or a map; else training.csv alone has it."""
     book = whole[2]
     read = set()
-    look = Book.look
+    look = Book.cell
 
-    def note(book, words):
-        read.update(words.split())
-        return look(book, words)
+    def note(book, place):
+        read.update(place.split())
+        return look(book, place)
 
-    monkeypatch.setattr(Book, "look", note)
+    monkeypatch.setattr(Book, "cell", note)
     for template in ("page.md", "readme.md"):
         tables.fill(tables.read_template(template), book)
     for file in (predictions.TEXT, ROOT / "tutorial.ipynb", ROOT / "experiments/further.ipynb"):
@@ -319,19 +313,10 @@ def test_no_number_of_ours_stands_in_the_words_of_the_page():
     assert shares <= levels | {".1", ".21", ".8", ".9", ".95", ".99"}
 
 
-def test_lines_between_when_and_end_stand_only_with_that_verdict(write):
-    write_one, read_book = write
-    write_one("small/natural/seed0")
-    book = read_book()
-    book.verdicts = {"fake small": "partly"}
-    template = "a\n{when fake small: holds partly}\nb\n{end}\n{when fake small: differs}\nc\n{end}\nd"
-    assert tables.fill(template, book) == "a\nb\nd\n"
-
-
 def test_rows_without_a_run_are_left_out_by_name(write):
     write_one, read_book = write
     write_one("small/natural/seed0", shares={"test_ood": 0.375})
-    lines = ["| run | answered |", "| --- | --- |", "| = | training @1 test_ood |",
+    lines = ["| run | answered |", "| --- | --- |", "| = | {value:@1 last accuracy test_ood} |",
              "| ours | @ small/natural |", "| theirs | @ trm/natural |", "", "after"]
     filled = tables.fill("\n".join(lines), read_book())
     assert "| ours | .38 |" in filled and "| theirs" not in filled
@@ -340,8 +325,8 @@ def test_rows_without_a_run_are_left_out_by_name(write):
     assert "| run" not in filled and "No run of this table is there yet" in filled
 
 
-@pytest.mark.parametrize("place", ["{value:training small/natural}", "{verdict:nothing}",
-                                   "{value:nowhere small/natural fit}", "{numbers}"])
+@pytest.mark.parametrize("place", ["{value:small/natural}", "{verdict:nothing}",
+                                   "{value:small/natural last accuracy}", "{numbers}"])
 def test_a_place_that_does_not_exist_is_refused_by_name(write, place):
     write_one, read_book = write
     write_one("small/natural/seed0")
@@ -359,7 +344,7 @@ def test_an_unfinished_run_is_left_out_by_name_and_never_averaged(write, tmp_pat
     write_one("deep/er/still/seed0")
     (tmp_path / "root/deep/er/still/seed0/metrics.jsonl").unlink()
     book = read_book()
-    assert book["training"]["small/natural", "test_ood"].values == [0.25, 0.5]
+    assert book.cell("small/natural last accuracy test_ood").values == [0.25, 0.5]
     assert tables.main(["--root", str(tmp_path / "root")]) == 0
     error = capsys.readouterr().err
     page = (tmp_path / "root/README.md").read_text()
@@ -386,7 +371,7 @@ def test_runs_that_do_not_belong_together_are_not_averaged(write, tmp_path):
     write_one("small/natural/seed3")
     (tmp_path / "root/small/natural/seed3/inside.json").write_text("[1]")
     book = read_book()
-    assert book["training"]["small/natural", "test_ood"].values == [0.5, 1.0]
+    assert book.cell("small/natural last accuracy test_ood").values == [0.5, 1.0]
     reasons = " ".join(book.runs.left_out)
     assert "seed1: lr = 0.5, but small/natural/seed0 has 0.004" in reasons
     assert "seed00: has the seed of small/natural/seed0" in reasons
@@ -399,16 +384,17 @@ def test_what_was_not_measured_is_never_zero(write):
     write_one("small/natural/seed1")
     write_one("small/both_full/seed0")
     book = read_book()
-    where = "small/natural end test_ood"
-    assert book.say(f"swaps {where} donor") == "*not measured* (0 queries)"
-    assert book.say(f"aim_and_store {where} own_code") == ".88 (1 not measured)"
-    assert book.say("swaps small/both_full end test_ood donor") == "*not measured*"
-    assert book.say("swaps trm/both_full end test_ood donor") == "*no run yet*"
-    assert book.say("film small/natural aim_.5") == "*not measured*"
+    swap = "end site test_ood donor"
+    assert book.say(f"small/natural {swap}") == "*not measured* (0 queries)"
+    assert book.say("small/natural end aim test_ood own_code") == ".88 (1 not measured)"
+    assert book.say(f"small/both_full {swap}") == "*not measured*"
+    assert book.say(f"trm/both_full {swap}") == "*no run yet*"
+    assert book.say("small/natural film aim_.5") == "*not measured*"
     assert book.verdicts["fake small"] == book.verdicts["folds small"] == "open"
-    assert book.say(f"swaps {where} donor n") == book.say(f"swaps {where} donor seeds") == "0"
-    text = tables.csv_of_cells(book, "swaps").decode()
-    assert "small/both_full" not in text and ",donor" not in text
+    for field in ("n", "seeds"):
+        assert book.say(f"small/natural {swap} {field}") == "0"
+    text = tables.csv_of_places(book, "swaps").decode()
+    assert "small/both_full" not in text and "donor" not in text
 
 
 def test_an_empty_folder_and_none_are_refused(tmp_path, capsys):
@@ -427,12 +413,14 @@ def test_an_empty_folder_and_none_are_refused(tmp_path, capsys):
     (Cell([0.5, None]), ".50 (1 not measured)"),
     (Cell([0.5, 0.25], n=30), ".38 (.25 to .50), n = 30"),
     (Cell([0.5, 0.25], n=100), ".38 (.25 to .50)"),
-    (Cell([1000, 3000, None], "steps"), "2,000 (1,000 to 3,000; 1 never)"),
-    (Cell([None, None], "steps"), "never"),
+    (Cell([1000, 3000, NEVER], "steps"), "2,000 (1,000 to 3,000; 1 never)"),
+    (Cell([1000, NEVER, None], "steps"), "1,000 (1 never; 1 not measured)"),
+    (Cell([NEVER, NEVER], "steps"), "never"),
     (Cell([2.0, 4.0], "ratio"), "3.0 (2.0 to 4.0)"),
     (Cell([4939], "count"), "4,939"),
     (Cell(["106k"], "text"), "106k"),
-    (Cell([]), "*no run yet*")])
+    (Cell(["a", "b", "a"], "text"), "a (2), b (1)"),
+    (Cell([None, None]), "*not measured*")])
 def test_a_cell_says_mean_least_and_most_and_what_is_lacking(cell, text):
     assert cell.text() == text
 
@@ -443,12 +431,11 @@ def test_a_csv_has_a_line_a_cell_with_all_its_numbers(write, tmp_path):
         write_one(f"small/natural/seed{seed}", inside=inside_of(own_code=share))
     assert tables.main(["--root", str(tmp_path / "root")]) == 0
     with open(tmp_path / "root/tables/aim_and_store.csv", newline="") as file:
-        rows = {tuple(row[name] for name in ("runs", "weights", "questions", "measure")): row
-                for row in csv.DictReader(file)}
-    row = rows["small/natural", "end", "test_ood_id", "own_code"]
+        rows = {(row["runs"], row["path"]): row for row in csv.DictReader(file)}
+    row = rows["small/natural", "end aim test_ood_id own_code"]
     assert [row[name] for name in book_module.FIELDS] == [
         "0.5", "0.25", "0.75", "1500", "0.0625", "3", "0"]
-    assert rows["small/natural", "fit", "test_ood", "nearest_right"]["chance"] == "0.025"
+    assert rows["small/natural", "fit aim test_ood nearest_right"]["chance"] == "0.025"
     with open(tmp_path / "root/tables/runs.csv", newline="") as file:
         runs = list(csv.DictReader(file))
     assert [run["own_code"] for run in runs] == ["0.25", "0.5", "0.75"]
@@ -459,11 +446,13 @@ def test_milestones_are_those_of_the_histories(write):
     write_one, read_book = write
     curve = {"train_inferred": [0.5, 0.99, 1.0], "test_ood": [0.0, 0.5, 0.95]}
     write_one("small/natural/seed0", shares=curve, steps=[1000, 2000, 3000])
-    cells = read_book()["training"]
-    steps = {name: cells["small/natural", name].values for name in
-             ("fit", "answer_.5", "answer_.9", "answer_.95", "lens_.5", "ratio_.9")}
+    book = read_book()
+    steps = {name: book.cell(f"small/natural step {name}").values for name in
+             ("fit", "answer_.5", "answer_.9", "answer_.95", "lens_.5")}
     assert steps == {"fit": [2000], "answer_.5": [2000], "answer_.9": [3000],
-                     "answer_.95": [3000], "lens_.5": [None], "ratio_.9": [1.5]}
+                     "answer_.95": [3000], "lens_.5": [NEVER]}
+    assert book.say("small/natural times_as_late answer_.9") == "1.5"
+    assert book.say("small/natural times_as_late lens_.5") == "never"
 
 
 def test_extra_compositions_are_those_of_the_data(write):
@@ -471,34 +460,12 @@ def test_extra_compositions_are_those_of_the_data(write):
     for regime in ("natural", "both_full"):
         config = config_of(["--preset", "small", "--regime", regime])
         write_one(f"small/{regime}/seed0", config=config)
-    cells = read_book()["compositions"]
+    book = read_book()
     splits = data.make_splits(data.make_world(config), config)
-    assert cells["small/natural", "extra"].values == [0]
-    assert cells["small/both_full", "all"].values == [len(splits["train_inferred"].h)]
-    assert cells["small/both_full", "extra"].mean == cells["small/both_full", "all"].mean - 17640
-
-
-def test_r2_alone_in_a_small_world_is_counted_by_hand():
-    config = grok.Config(**{**grok.PRESETS["smoke"][2], "new_facts": 12})
-    world = data.change_facts(data.make_world(config), config, np.random.default_rng(1))
-    share = book_module.r2_alone_of_kept(world, 4, 20, 1, np.random.default_rng(2))
-    rng = np.random.default_rng(2)
-    old = np.flatnonzero(~world.is_new)
-    kept = set(rng.permutation(old)[:20].tolist())
-    pairs = [(one, two) for one, two in product(range(len(world.facts)), repeat=2)
-             if world.facts[one, 2] == world.facts[two, 0]]
-    both_old = [pair for pair in pairs if not world.is_new[list(pair)].any()]
-    trained = [both_old[row] for row in rng.permutation(len(both_old))[:4 * len(old)]]
-    answers = {}
-    for one, two in trained:
-        if one in kept or two in kept:
-            answers.setdefault(world.facts[two, 1], []).append(world.facts[two, 2])
-    right = []
-    for one, two in pairs:
-        if world.is_new[one] and two in kept:
-            given = answers.get(world.facts[two, 1], [0])
-            right.append(world.facts[two, 2] == max(sorted(set(given)), key=given.count))
-    assert len(right) > 5 and share == pytest.approx(np.mean(right))
+    n_trained = len(splits["train_inferred"].h)
+    assert book.cell("small/natural compositions extra").values == [0]
+    assert book.cell("small/both_full compositions all").values == [n_trained]
+    assert book.cell("small/both_full compositions extra").values == [n_trained - 17640]
 
 
 @pytest.mark.parametrize("shares, donors, kind", [
@@ -514,8 +481,7 @@ def test_plain_data_are_classified_by_a_swap(write, shares, donors, kind):
         inside["end"]["site"][split]["donor"] = donor
     config = config_of(["--preset", "small", "--phi", "9", "--ood-fraction", ".06"])
     write_one("data/phi_9_ood_0.06/seed0", config=config, shares=shares, inside=inside)
-    answered = [Cell([shares.get(split, 0.25)]).text() for split in ("test_id", "test_ood")]
-    assert read_book().say("data 9 0.06") == f"{kind}: {', '.join(answered)}"
+    assert read_book().say("data/phi_9_ood_0.06 class") == kind
 
 
 def test_the_exceptions_are_those_that_answer_half_and_are_not_redirected(write):
@@ -529,9 +495,9 @@ def test_the_exceptions_are_those_that_answer_half_and_are_not_redirected(write)
     book = read_book()
     names = [row["run"][-5:] for row in book_module.exceptions(book.rows)]
     assert names == ["seed0", "seed3"]
-    counts = [book.say(f"counts {name}") for name in ("opened", "half", "used", "coded", "unseen")]
+    counts = [book.say(f"all counts {name}") for name in ("opened", "half", "used", "coded", "unseen")]
     assert counts == ["5", "4", "1", "1", "4"]
-    parts = [book.say(f"counts {name}") for name in
+    parts = [book.say(f"all counts {name}") for name in
              ("unseen_used", "unseen_coded", "unexplained", "id_site", "id_site_used")]
     assert parts == ["1", "1", "2", "1", "1"]
     assert "| `small/natural/seed0` | .50 | .75 | .50 |" in tables.exceptions_table(book)
@@ -539,11 +505,10 @@ def test_the_exceptions_are_those_that_answer_half_and_are_not_redirected(write)
 
 # ---------------------------------------------------------------- verdicts
 class Stub:
-    """A book of the cells that are given as {"TABLE KEY ...": list of values}."""
+    """A book of the Cells that are given as {"GROUP PATH": list of values}."""
 
     def __init__(self, cells):
         self.cells = {"paper natural test_ood": [".68"], "paper second_full seen": [".65"], **cells}
-        self.rows = []
 
     def need(self, words):
         if words not in self.cells:
@@ -553,53 +518,49 @@ class Stub:
 
 
 def cells_of_folds(answer, donor, n=300):
-    return {"swaps small/natural end test_ood donor": Cell([donor], n=n),
-            "aim_and_store small/natural end test_ood as_is": [answer]}
+    return {"small/natural end site test_ood donor": Cell([donor], n=n),
+            "small/natural end aim test_ood as_is": [answer]}
 
 
 def cells_of_fake(answer, seen, donor):
-    where = "small/second_full end test_ood"
-    return {f"aim_and_store {where} as_is": [answer], f"seen {where} paper": [seen],
-            f"swaps {where} donor": [donor]}
+    return {"small/second_full end aim test_ood as_is": [answer],
+            "small/second_full end test_ood seen paper any": [seen],
+            "small/second_full end site test_ood donor": [donor]}
 
 
 def cells_of_stages(lens, film):
-    cells = {f"training long/natural {name}": Cell(values, "steps")
+    cells = {f"long/natural step {name}": values
              for name, values in zip(("fit", "lens_.5", "answer_.5"), lens)}
     for name, values in zip(("fit", "aim_.5", "answer_.5"), film):
-        cells[f"film small/natural {name}"] = Cell(values, "steps")
+        cells[f"small/natural film {name}"] = values
     return cells
 
 
 def cells_of_new_facts(early, late, guesses=(0.25,)):
-    cells = {"new_facts tune/long_natural_end r2_alone new_old": list(guesses)}
-    for where, pair in (("small_natural_end 500", early), ("long_natural_end end", late)):
+    cells = {"tune/long_natural_end r2_alone new_old": list(guesses)}
+    for where, pair in (("small_natural_end 500", early), ("long_natural_end last", late)):
         for split, share in zip(("new_old", "old_new"), pair):
-            cells[f"new_facts tune/{where} {split}"] = share if isinstance(share, list) else [share]
+            values = share if isinstance(share, list) else [share]
+            cells[f"tune/{where} accuracy {split}"] = values
     return cells
 
 
-def cells_of_lacks(store, aim):
-    where = "aim_and_store tiny/own_blocks_last_loop end test_ood"
-    return {f"{where} own_code": store, f"{where} nearest_right": aim}
-
-
-NEVER_SEEN = ([100], [None], [300])
+NEVER_SEEN = ([100], [NEVER], [300])
 CASES = [
-    ("sooner", {"training small/both_full answer_.9": [100, 200],
-                "training long/natural answer_.9": Cell([None, 300], "steps")}, "holds"),
-    ("sooner", {"training small/both_full answer_.9": [100, 200],
-                "training long/natural answer_.9": Cell([None, 200], "steps")}, "partly"),
-    ("sooner", {"training small/both_full answer_.9": [200, 300],
-                "training long/natural answer_.9": Cell([None, 200], "steps")}, "differs"),
-    ("sooner", {"training small/both_full answer_.9": Cell([100, None], "steps"),
-                "training long/natural answer_.9": Cell([None], "steps")}, "partly"),
-    ("sooner", {"training small/both_full answer_.9": Cell([None], "steps"),
-                "training long/natural answer_.9": Cell([None], "steps")}, "differs"),
+    ("sooner", {"small/both_full step answer_.9": [100, 200],
+                "long/natural step answer_.9": [NEVER, 300]}, "holds"),
+    ("sooner", {"small/both_full step answer_.9": [100, 200],
+                "long/natural step answer_.9": [NEVER, 200]}, "partly"),
+    ("sooner", {"small/both_full step answer_.9": [200, 300],
+                "long/natural step answer_.9": [NEVER, 200]}, "differs"),
+    ("sooner", {"small/both_full step answer_.9": [100, NEVER],
+                "long/natural step answer_.9": [NEVER]}, "partly"),
+    ("sooner", {"small/both_full step answer_.9": [NEVER],
+                "long/natural step answer_.9": [NEVER]}, "differs"),
     ("sooner", {}, "open"),
     ("stages", cells_of_stages(([100], [200], [300]), ()), "holds"),
-    ("stages", cells_of_stages(([100], [200], [None]), ()), "holds"),
-    ("stages", cells_of_stages(NEVER_SEEN, ([100], [200], [None])), "partly"),
+    ("stages", cells_of_stages(([100], [200], [NEVER]), ()), "holds"),
+    ("stages", cells_of_stages(NEVER_SEEN, ([100], [200], [NEVER])), "partly"),
     ("stages", cells_of_stages(NEVER_SEEN, ([100, 100], [200, 100], [300, 300])), "differs"),
     ("stages", cells_of_stages(NEVER_SEEN, ([100], [300], [300])), "differs"),
     ("stages", cells_of_stages(NEVER_SEEN, ()), "open"),
@@ -613,12 +574,12 @@ CASES = [
     ("fake", cells_of_fake(0.9, 0.7, 0.4), "partly"),
     ("fake", cells_of_fake(0.9, 0.1, 0.6), "partly"),
     ("fake", cells_of_fake(0.4, 0.1, 0.9), "open"),
-    ("before", {"training small/both_full answer_.5": [100, 100],
-                "training small/both_full lens_.5": Cell([200, None], "steps")}, "holds"),
-    ("before", {"training small/both_full answer_.5": [100, 100],
-                "training small/both_full lens_.5": Cell([200, 100], "steps")}, "partly"),
-    ("before", {"training small/both_full answer_.5": Cell([None], "steps"),
-                "training small/both_full lens_.5": Cell([200], "steps")}, "differs"),
+    ("before", {"small/both_full step answer_.5": [100, 100],
+                "small/both_full step lens_.5": [200, NEVER]}, "holds"),
+    ("before", {"small/both_full step answer_.5": [100, 100],
+                "small/both_full step lens_.5": [200, 100]}, "partly"),
+    ("before", {"small/both_full step answer_.5": [NEVER],
+                "small/both_full step lens_.5": [200]}, "differs"),
     ("new_facts", cells_of_new_facts((0.5, 0.25), (0.5, 0.25)), "holds"),
     ("new_facts", cells_of_new_facts((0.25, 0.5), (0.5, 0.25)), "partly"),
     ("new_facts", cells_of_new_facts(([0.75, 0.25], [0.25, 0.25]), (0.5, 0.25)), "partly"),
@@ -626,13 +587,10 @@ CASES = [
     ("r2_alone", cells_of_new_facts((0.5, 0), ([0.5, 0.4], 0)), "holds"),
     ("r2_alone", cells_of_new_facts((0.5, 0), ([0.75, 0.3], 0)), "partly"),
     ("r2_alone", cells_of_new_facts((0.5, 0), ([0.3, 0.3], 0)), "differs"),
-    ("ordinary", {"training tiny/own_blocks_last_loop test_ood": [0.1],
-                  "training tiny/own_blocks test_ood": [0.9]}, "partly"),
-    ("lacks", cells_of_lacks(store=[0.8, 0.95], aim=[0.1, 0.4]), "holds"),
-    ("lacks", cells_of_lacks(store=[0.7, 0.95], aim=[0.1, 0.4]), "partly"),
-    ("lacks", cells_of_lacks(store=[0.7, 0.95], aim=[0.1, 0.6]), "differs"),
-    ("ordinary", {"training tiny/own_blocks_last_loop test_ood": [0.1],
-                  "training tiny/own_blocks test_ood": [0.1]}, "holds"),
+    ("ordinary", {"tiny/own_blocks_last_loop last accuracy test_ood": [0.1],
+                  "tiny/own_blocks last accuracy test_ood": [0.9]}, "partly"),
+    ("ordinary", {"tiny/own_blocks_last_loop last accuracy test_ood": [0.1],
+                  "tiny/own_blocks last accuracy test_ood": [0.1]}, "holds"),
 ]
 
 
@@ -653,27 +611,31 @@ def test_a_verdict_names_both_models_where_they_differ():
 
 def test_predictions_of_the_map_are_judged_by_their_number():
     cells = {}
-    for hop1, hop2 in product(verdicts.SHARES, verdicts.SHARES):
-        place = f"map {hop1:g} {hop2:g}"
-        cells[f"{place} answer"] = [0.95 if hop2 == 1 or min(hop1, hop2) >= 0.75 else 0.0]
-        cells[f"{place} aim"] = [hop1 + (0.25 * hop2 if hop1 == 0.5 else 0)]
-        cells[f"{place} store"] = [hop2]
+    for hop1, hop2 in product(book_module.SHARES, repeat=2):
+        group = book_module.square(hop1, hop2)
+        right = 0.95 if hop2 == 1 or min(hop1, hop2) >= 0.75 else 0.0
+        cells[f"{group} end aim test_ood as_is"] = [right]
+        cells[f"{group} end aim test_ood nearest_right"] = [
+            hop1 + (0.25 * hop2 if hop1 == 0.5 else 0)]
+        cells[f"{group} end aim test_ood own_code"] = [hop2]
     book = Stub(cells)
-    assert predictions.derived_numbers(book) == pytest.approx({
+    assert book_module.derived_numbers(book) == pytest.approx({
         "aim_along_hop2": 0.25, "store_along_hop1": 0, "answer_above_product": 0,
         "nine_with_less": 0})
+    cells["map/hop1_0.25_hop2_0.75 end aim test_ood as_is"] = [0.9]
+    assert book_module.derived_numbers(Stub(cells))["nine_with_less"] == 1
     outcomes, _ = predictions.predict_all(book)
     assert outcomes["exposed_skill"] == verdicts.judge_all(book)["fake"] == "open"
 
 
 PREDICTED = """# a heading
 more: the second is ahead of the first, and either is .5
-    at least 0.1  | training second test_id mean - training first test_id mean
-    at least 0.5  | training first test_id least
-    or at most .9 | training second test_id most
+    at least 0.1  | second last test_id mean - first last test_id mean
+    at least 0.5  | first last test_id least
+    or at most .9 | second last test_id most
 
 other: it is not there
-    at most 0 | training third test_id mean
+    at most 0 | third last test_id mean
 """
 
 
@@ -685,7 +647,7 @@ def test_a_prediction_holds_if_all_its_comparisons_do(monkeypatch, tmp_path, fir
     text = tmp_path / "predictions.txt"
     text.write_text(PREDICTED)
     monkeypatch.setattr(predictions, "TEXT", text)
-    book = Stub({"training first test_id": first, "training second test_id": second})
+    book = Stub({"first last test_id": first, "second last test_id": second})
     outcomes, rows = predictions.predict_all(book)
     assert outcomes == {"more": outcome, "other": "open"}
     gap = sum(second) / 2 - sum(first) / 2
@@ -694,29 +656,14 @@ def test_a_prediction_holds_if_all_its_comparisons_do(monkeypatch, tmp_path, fir
 
 
 @pytest.mark.parametrize("words, number", [
-    ("some answer_.9 mean", math.inf), ("some answer_.9 most", math.inf),
-    ("some answer_.9 least", 100), ("some answer_.9 without", 1), ("none ratio_.9 mean", math.inf),
-    ("none ratio_.9 least - all answer_.9 mean", math.inf),
-    ("all answer_.9 mean - some answer_.9 mean", -math.inf),
-    ("some answer_.9 mean - none ratio_.9 mean", None), ("half test_ood mean", 0.5)])
+    ("some step mean", NEVER), ("some step most", NEVER), ("some step least", 100),
+    ("some step without", 1), ("none step mean", NEVER),
+    ("none step least - all step mean", NEVER), ("all step mean - some step mean", -NEVER),
+    ("some step mean - none step mean", None), ("half share mean", 0.5)])
 def test_what_never_came_is_later_than_any_step(words, number):
-    book = Stub({"training all answer_.9": Cell([100, 200], "steps"),
-                 "training some answer_.9": Cell([100, None], "steps"),
-                 "training none ratio_.9": Cell([None, None], "ratio"),
-                 "training half test_ood": Cell([0.5, None])})
-    places = " - ".join(f"training {place}" for place in words.split(" - "))
-    assert predictions.number_of(book, places) == number
-
-
-def test_a_dial_whose_swap_was_not_measured_counts_as_not_redirected():
-    book = Stub({})
-    book.rows = [{"run": "dial/attention/seed0", "answer": 0.5, "donor": 0.8}]
-    with pytest.raises(verdicts.Missing, match="dial/answer_only"):
-        predictions.dials_not_redirected(book)
-    book.rows += [{"run": "dial/answer_only/seed0", "answer": 0.5, "donor": None},
-                  {"run": "dial/answer_only/seed1", "answer": 0.25, "donor": 0.0},
-                  {"run": "dial/attention/seed1", "answer": 0.75, "donor": 0.5}]
-    assert predictions.dials_not_redirected(book) == 2
+    book = Stub({"all step": [100, 200], "some step": [100, NEVER], "none step": [NEVER, NEVER],
+                 "half share": [0.5, None]})
+    assert predictions.number_of(book, words) == number
 
 
 @pytest.mark.parametrize("numbers, outcome", [
@@ -730,33 +677,36 @@ def test_a_prediction_is_open_only_if_what_is_missing_could_decide(numbers, outc
 
 
 def test_every_prediction_can_be_judged():
-    """Its name is new, its rules are known, and its numbers have a table each."""
+    """Its name is new, its rules are known, and its numbers are places of runs in the plan."""
     lines = predictions.TEXT.read_text(encoding="utf-8").splitlines()
     names = [line.partition(":")[0] for line in lines if line and line[0] not in "# "]
     predicted = predictions.read_predictions("\n".join(lines))
+    plan = run_all.read_plan(run_all.HERE / "plan.txt")
     assert len(names) == len(set(names)) == len(predicted)
     for said, comparisons in predicted.values():
         assert said and comparisons and not comparisons[0].is_alternative
         for comparison in comparisons:
             assert comparison.rule in ("at least", "at most")
             for place in comparison.number.split(" - "):
-                table, *keys, field = place.split()
-                assert len(keys) == len(book_module.KEYS[table])
+                group, *path, field = place.split()
+                assert group in {*plan, "all", "derived"} and path, place
                 assert field in book_module.FIELDS
 
 
-def test_the_fewest_extra_compositions_for_nine_answers_in_ten():
-    cells = {}
-    for number, (hop1, hop2) in enumerate(product(("0", "0.25", "0.5", "0.75", "1"), repeat=2)):
-        cells[hop1, hop2, "trained_answer"] = Cell([0.95 if hop2 == "1" else 0.5])
-        cells[hop1, hop2, "extra"] = Cell([100 * number], "count")
-    needed = book_module.needed_cells(cells)
-    assert needed["hop2", "place"].values == ["0, 1"] and needed["any", "extra"].values == [400]
-    assert needed["alike", "extra"].values == [2400]
-    assert needed["hop1", "place"].values == ["none"] and needed["hop1", "extra"].text() == "never"
-    del cells["0", "0.5", "trained_answer"]
-    assert ("hop1", "extra") in book_module.needed_cells(cells)
-    assert ("hop2", "extra") not in book_module.needed_cells(cells)
+def test_the_fewest_extra_compositions_for_nine_answers_in_ten(monkeypatch, write):
+    write_one, read_book = write
+    monkeypatch.setattr(book_module, "count_compositions", lambda config: {
+        "all": 0, "extra": 1000 * config.hop1 + 2000 * config.hop2})
+    for hop1, hop2 in product(book_module.SHARES, repeat=2):
+        shares = ["--hop1", str(hop1), "--hop2", str(hop2)]
+        right = 0.95 if hop1 == 1 or hop2 >= 0.75 else 0.5
+        write_one(f"{book_module.square(hop1, hop2)}/seed0", shares={"test_ood": right},
+                  config=config_of(["--preset", "small", *shares]))
+    book = read_book()
+    needed = [book.say(f"needed {name}") for name in ("place", "extra", "answer")]
+    assert needed == ["1, 0", "1,000", ".95"]
+    book.numbers.pop("map/hop1_0.5_hop2_0.5")
+    assert book_module.cheapest_square(book) == {}
 
 
 # ---------------------------------------------------------------- the command
@@ -766,14 +716,14 @@ def test_check_names_what_is_out_of_date(write, tmp_path, capsys):
     root = tmp_path / "root"
     assert tables.main(["--root", str(root)]) == 0
     assert tables.main(["--root", str(root), "--check"]) == 0
-    (root / "tables/map.csv").write_text("changed")
+    (root / "tables/swaps.csv").write_text("changed")
     (root / "tables/older.csv").write_text("")
     write_one("small/natural/seed1")
     before = (root / "README.md").read_bytes()
     capsys.readouterr()
     assert tables.main(["--root", str(root), "--check"]) == 2
     error = capsys.readouterr().err
-    for name in ("tables/map.csv", "tables/older.csv", "tables/training.csv"):
+    for name in ("tables/swaps.csv", "tables/older.csv", "tables/training.csv"):
         assert name in error
     assert (root / "README.md").read_bytes() == before
 
