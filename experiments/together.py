@@ -9,7 +9,10 @@ many sites take part. The best two sites are found by trying all pairs, then sit
 a time. The sites are chosen on one half of the right OOD questions and scored on the other.
 
 together.json is a list of {"sites": [[loop, part, position], ...], "names", "n": questions scored,
-"mixed_donors": redirected by two such donors, "donor": by the first of them at all of the sites}.
+"mixed_donors": redirected by two such donors, "donor": by the first of them at all of the sites,
+"outright": how often the model gives the predicted answer to the new question itself (the donor's
+head and first relation, the question's own second relation)}. No swap can be expected to redirect
+more than that.
 """
 import sys
 from functools import partial
@@ -31,14 +34,16 @@ LAST_PASSES = 4   # of a recursive model; the sites of all its 28 loops make too
 
 
 def prepare(model, world, queries, n):
-    """(up to n Queries, what the model holds for the first donor of each and for the second, {part:
-    (n_loops, N, T, D)}, what the answers become if the bridge that the two share is used (N,)). All
-    of the queries may be donors."""
+    """(trial, outright): a trial is (up to n Queries, what the model holds for the first donor of
+    each and for the second, {part: (n_loops, N, T, D)}, what the answers become if the bridge that
+    the two share is used (N,)). All of the queries may be donors."""
     rng = np.random.default_rng(0)
     clean, first, second, predicted = mixed_donors(world, queries.take(slice(n)), queries, rng)
     values = [values_of(model, to_tokens(donor, world, model.config.layout)[0])
               for donor in (first, second)]
-    return clean, *values, predicted
+    new_question = clean._replace(h=first.h, r1=first.r1)
+    outright = share_becoming(predicted, model, world, new_question, {})
+    return (clean, *values, predicted), outright
 
 
 def redirected(model, world, trial, n_first, sites):
@@ -77,8 +82,8 @@ def look_together(folder):
         raise BadInput(f"{folder}: is no run of four positions on an old world")
     pool = splits["test_ood"].shuffled(np.random.default_rng(0))
     right = right_only(model, world, pool)
-    choosing = prepare(model, world, right.take(slice(0, None, 2)), N_CHOOSING)
-    scoring = prepare(model, world, right.take(slice(1, None, 2)), N_SCORING)
+    choosing, _ = prepare(model, world, right.take(slice(0, None, 2)), N_CHOOSING)
+    scoring, outright = prepare(model, world, right.take(slice(1, None, 2)), N_SCORING)
     n = len(scoring[-1])
     if n == 0 or len(choosing[-1]) == 0:
         raise BadInput(f"{folder}: answers too few OOD questions to find two donors for one")
@@ -87,7 +92,8 @@ def look_together(folder):
         measured.append({"sites": [list(site) for site in sites],
                          "names": [name_sites([site], model.loop_names) for site in sites],
                          "n": n, "mixed_donors": redirected(model, world, scoring, 1, sites),
-                         "donor": redirected(model, world, scoring, len(sites), sites)})
+                         "donor": redirected(model, world, scoring, len(sites), sites),
+                         "outright": outright})
     return measured
 
 

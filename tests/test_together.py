@@ -31,7 +31,23 @@ def trial():
     """(model, world, a trial) of an untrained model on all training questions."""
     world, splits = grok.make_data(SMALL, {})
     model = grok.build_model(SMALL, world.n_entities, world.n_relations)
-    return model, world, together.prepare(model, world, splits["train_inferred"], 50)
+    trial, _ = together.prepare(model, world, splits["train_inferred"], 50)
+    return model, world, trial
+
+
+def test_what_is_asked_outright_is_the_donors_bridge_with_the_questions_own_relation(monkeypatch):
+    world, splits = grok.make_data(SMALL, {})
+    facts = {(h, r): t for h, r, t in world.facts}
+    model = grok.build_model(SMALL, world.n_entities, world.n_relations)
+
+    def answer(predicted, model, world, queries, put):
+        assert put == {}
+        answers = [facts[facts[h, r1], r2] for h, r1, r2 in zip(queries.h, queries.r1, queries.r2)]
+        return float((answers == predicted).mean())
+
+    monkeypatch.setattr(together, "share_becoming", answer)
+    trial, outright = together.prepare(model, world, splits["train_inferred"], 50)
+    assert outright == 1 and len(trial[0].h) > 10
 
 
 def test_the_two_donors_share_a_bridge_which_is_not_the_questions_own(trial):
