@@ -248,8 +248,7 @@ def test_with_every_run_of_the_plan_no_place_of_the_page_is_empty(whole):
 
 
 TRAINING_CSV_ALONE = {"small/both_half", "search/steps_3000_decay_0.5",
-                      "search/steps_4500_batch_128", "dial/trm_shallow_natural",
-                      "dial/trm_one_block_both_full"}
+                      "search/steps_4500_batch_128", "dial/trm_one_block_both_full"}
 
 
 def test_every_group_of_the_plan_is_read_somewhere(whole, monkeypatch):
