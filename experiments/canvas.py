@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from analyze import short
 from data import BadInput
-from experiments.book import read_runs
+from experiments.runs import read_runs
 from grok import say
 
 WIDTH = 8.0  # inches

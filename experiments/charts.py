@@ -7,11 +7,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from analyze import short
-from experiments.book import SHARES, get, square
+from experiments.book import SHARES, square
 from experiments.canvas import (BLUE, GREEN, GREY, INDIGO, PURPLE, SAND, SKY, WHOLE, WIDTH, WINE,
                                 Absent, draw_curves, mean, name_of, name_seeds, new_curves,
                                 set_message, share_at, shares_of, show_shares, span, steps_of, tick,
                                 write_shares)
+from experiments.runs import get
 from grok import first_step
 
 # ---------------------------------------------------------------- it groks
@@ -355,7 +356,6 @@ def moment(steps):
 # ---------------------------------------------------------------- new facts
 SERVED = {"new_old": ("new fact\nas hop 1", INDIGO), "old_new": ("new fact\nas hop 2", WINE),
           "new_new": ("both new", SAND)}
-ALONE = {"linewidth": 3, "solid_capstyle": "butt"}  # the ticks of what r2 alone gives
 FROM_THE_END = {"the MLP as it was": {0.0: "tune/long_natural_end",
                                       0.25: "exposed/natural_end_0.25_4",
                                       0.5: "exposed/natural_end_0.5_4"},
@@ -372,7 +372,7 @@ def new_facts(runs):
         means[title] = {split: draw_exposure(axes, groups, split, color)
                         for split, (_, color) in SERVED.items()}
         for share, group in groups.items():
-            draw_r2_alone(axes, group, share - 0.02, share + 0.02)
+            draw_r2_alone(axes, group, share)
         axes.set_title(f"{title} ({name_seeds(groups[0.0])})")
         axes.set_xlabel("share of the new facts that is exposed")
         axes.set_xticks(list(groups), [tick(share) for share in groups])
@@ -398,15 +398,15 @@ def draw_exposure(axes, groups, split, color):
     return means
 
 
-def draw_r2_alone(axes, runs, left, right):
-    """Ticks from left to right at what r2 alone gives, see experiments/measure.py; those of hop 2
-    and of two new facts, which lie close together, take one half each."""
-    middle = (left + right) / 2
-    ends = {"new_old": (left, right), "old_new": (left, middle), "new_new": (middle, right)}
+def draw_r2_alone(axes, runs, x):
+    """Ticks at what r2 alone gives, see experiments/measure.py; those of hop 2 and of two new
+    facts, which lie close together, take one half each."""
+    ends = {"new_old": (x - 0.02, x + 0.02), "old_new": (x - 0.02, x), "new_new": (x, x + 0.02)}
     for run in runs:
         for split, share in run.inside["r2_alone"].items():
             if split in SERVED:
-                axes.plot(ends[split], [share] * 2, color=SERVED[split][1], zorder=1, **ALONE)
+                axes.plot(ends[split], [share] * 2, color=SERVED[split][1], zorder=1, linewidth=3,
+                          solid_capstyle="butt")
 
 
 def say_new_facts(kept, drawn):
@@ -420,41 +420,3 @@ def say_new_facts(kept, drawn):
     return (f"New facts serve as hop 1 in {alone}, with half of them exposed in {exposed}, with "
             f"the MLP drawn afresh in {afresh}; as hop 2 in {', '.join(shares['old_new'])}; two of "
             f"them are chained in {', '.join(shares['new_new'])}")
-
-
-def tuned(runs):
-    """Compositions with new facts while a trained model is fine-tuned."""
-    group = runs.group("tune/long_natural_end", "r2_alone")
-    steps = steps_of(group)
-    figure, axes = new_curves("two-step questions answered", "step of fine-tuning (small, natural, "
-                              f"from the end; {len(group)} seeds)")
-    shares = {}
-    for split in SERVED:
-        shares[split] = np.array([shares_of(run, split) for run in group])      # (seeds, steps)
-    draw_curves(axes, steps, {name: (color, shares[split])
-                              for split, (name, color) in SERVED.items()})
-    axes.set(xscale="log", xlim=(steps[0], steps[-1]))
-    shown = [step for step in (200, 500, 1000, 2000, 4000, 6000) if steps[0] <= step <= steps[-1]]
-    axes.set_xticks(shown, [f"{step:,}" for step in shown])
-    axes.minorticks_off()
-    draw_r2_alone(axes, group, steps[0], 1.12 * steps[0])
-    handles = [Line2D([], [], color="0.3", linewidth=0.8, label="one seed"),
-               Line2D([], [], color="0.3", label="what r2 alone gives", **ALONE)]
-    axes.legend(handles=handles, loc="upper left")
-    set_message(figure, say_tuned(steps, shares["new_old"].mean(axis=0),
-                                  shares["old_new"].mean(axis=0), shares["new_new"].max()))
-    return figure
-
-
-def say_tuned(steps, first, second, most_chained):
-    """The message of `tuned`: what new facts serve for early, and at the end; as hop 1 and as hop 2
-    (steps,), and both new facts at most."""
-    early = min(int(np.searchsorted(steps, 400)), len(steps) - 1)
-    told = []
-    for row in (early, -1):
-        hop = 1 if first[row] > second[row] else 2
-        shares = sorted((first[row], second[row]))
-        told.append(f"at step {steps[row]:,} more as hop {hop} ({short(shares[1])} against "
-                    f"{short(shares[0])})")
-    return (f"New facts serve {told[0]}, {told[1]}; two of them are chained in "
-            f"{short(most_chained)} at most")

@@ -106,8 +106,8 @@ def poster(runs):
 PICTURES = {"task.png": diagrams.task, "hero.png": charts.hero, "store_aim.png": charts.store_aim,
             "film.png": charts.film, "seen_used.png": charts.seen_used,
             "map.png": charts.supervision, "plain_data.png": charts.plain_data,
-            "new_facts.png": charts.new_facts, "tuned.png": charts.tuned,
-            "recursion.png": diagrams.recursion, "grokking.gif": moving, "grokking.png": poster}
+            "new_facts.png": charts.new_facts, "recursion.png": diagrams.recursion,
+            "grokking.gif": moving, "grokking.png": poster}
 
 
 def draw(file, runs):

@@ -27,7 +27,8 @@ if not __package__:  # started as a script, `python experiments/tables.py`, from
 
 from analyze import short
 from data import BadInput, decode, read_bytes
-from experiments.book import (FIELDS, NO_RUN, RUN_COLUMNS, Book, exceptions, get, read_runs)
+from experiments.book import (FIELDS, NO_RUN, RUN_COLUMNS, Book, exceptions, part_of)
+from experiments.runs import get, read_runs
 from experiments.verdicts import JUDGES, rule_of
 from grok import Parser, command, say, write_file
 
@@ -135,22 +136,17 @@ def end_table(lines, left_out):
 
 
 def exceptions_table(book, most=5):
-    """Markdown of those of the exceptions() of which four sites together redirect most."""
+    """Markdown of those of the exceptions() whose four sites together redirect most."""
     rows = exceptions(book.rows)
-    rows.sort(key=share_together, reverse=True)
+    rows.sort(key=part_of, reverse=True)
     if not rows:
         return "*There is none.*"
-    lines = ["| run | answers | a donor redirects | its code redirects | four sites together |",
+    lines = ["| run | answers | one site redirects | four together | at most (asked outright) |",
              "| --- | --- | --- | --- | --- |"]
     for row in rows[:most]:
-        shown = [short(row[name]) for name in ("answer", "donor", "code", "together")]
+        shown = [short(row[name]) for name in ("answer", "donor", "together", "outright")]
         lines.append(f"| `{row['run']}` | {' | '.join(shown)} |")
     return "\n".join(lines)
-
-
-def share_together(row):
-    """What four sites together redirect, of a row of runs.csv; -1 if that was not tried."""
-    return -1 if row["together"] is None else row["together"]
 
 
 def left_out_sentence(runs):

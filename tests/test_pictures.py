@@ -242,7 +242,7 @@ def test_missing_runs_skip_a_picture_and_what_is_unfinished_is_named(root, tmp_p
     assert "small/natural/seed2: is not finished (step 1500 of 3000)" in said
     assert "without small/natural/seed1, which was not measured" in said
     assert "left out: small/both_half/seed2: lr = 0.001, but small/both_half/seed0 has" in said
-    for file in ("hero.png", "film.png", "map.png", "tuned.png", "new_facts.png", "recursion.png"):
+    for file in ("hero.png", "film.png", "map.png", "new_facts.png", "recursion.png"):
         assert f"{file}: skipped" in said and not (tmp_path / "out" / file).exists()
     assert (tmp_path / "out/store_aim.png").exists()
     aims = figure_of("store_aim.png", canvas.Shelf(some))
@@ -291,9 +291,6 @@ def test_messages_are_those_of_the_numbers(figures):
     assert said["new_facts.png"] == (
         "New facts serve as hop 1 in .30, with half of them exposed in .60, with the MLP drawn "
         "afresh in .90; as hop 2 in .45, .60, .50; two of them are chained in .06, .10, .10")
-    assert said["tuned.png"] == (
-        "New facts serve at step 1,000 more as hop 2 (.60 against .20), at step 4,000 more as hop "
-        "1 (.50 against .20); two of them are chained in .06 at most")
     assert said["recursion.png"] == (
         "In seed 0 of the paper's recursion the lens looks after every pass, and sees .21 of the "
         "bridges (chance .19) over all of them; a swap inside z_H pass 2 redirects .98 of the "

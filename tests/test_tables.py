@@ -20,7 +20,9 @@ import data
 import grok
 from experiments import book as book_module
 from experiments import predictions, run_all, tables, verdicts
-from experiments.book import NEVER, Book, Cell, read_runs
+from experiments import runs as runs_module
+from experiments.book import Book, Cell
+from experiments.runs import NEVER, read_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "runs/shipped"
@@ -229,7 +231,7 @@ def whole(tmp_path_factory):
             form = {"entity": 0.75, "last": 0.0} if seed == 0 else {"entity": 0.0, "last": 0.75}
             write_run(root, f"{name}/seed{seed}", config=configs[name], shares=shares,
                       steps=steps, film=film, grafts=grafts, grokfast=grokfast,
-                      together=[{"mixed_donors": 0.5}],
+                      together=[{"mixed_donors": 0.5, "outright": 1.0}],
                       inside={**inside_of(**form, **learnt), "r2_alone": r2_alone})
     return root, *tables.all_files(root)
 
@@ -490,7 +492,8 @@ def test_the_exceptions_are_those_that_answer_half_and_are_not_redirected(write)
     for seed, (answer, donor, code) in enumerate(numbers):
         inside = inside_of(as_is=answer, donor=donor)
         inside["end"]["site"]["test_ood"]["code"] = code
-        write_one(f"small/natural/seed{seed}", inside=inside)
+        together = [{"mixed_donors": 0.45, "outright": 0.5}] if seed == 0 else None
+        write_one(f"small/natural/seed{seed}", inside=inside, together=together)
     book = read_book()
     names = [row["run"][-5:] for row in book_module.exceptions(book.rows)]
     assert names == ["seed0", "seed3"]
@@ -499,7 +502,8 @@ def test_the_exceptions_are_those_that_answer_half_and_are_not_redirected(write)
     parts = [book.say(f"all counts {name}") for name in
              ("unseen_used", "unseen_coded", "unexplained", "id_site", "id_site_used")]
     assert parts == ["1", "1", "2", "1", "1"]
-    assert "| `small/natural/seed0` | .50 | .75 | .50 |" in tables.exceptions_table(book)
+    assert "| `small/natural/seed0` | .50 | .75 | .45 | .50 |" in tables.exceptions_table(book)
+    assert book.say("all counts together") == "1" and book.say("apart part") == "*no run yet*"
 
 
 # ---------------------------------------------------------------- verdicts
@@ -694,7 +698,7 @@ def test_every_prediction_can_be_judged():
 
 def test_the_fewest_extra_compositions_for_nine_answers_in_ten(monkeypatch, write):
     write_one, read_book = write
-    monkeypatch.setattr(book_module, "count_compositions", lambda config: {
+    monkeypatch.setattr(runs_module, "count_compositions", lambda config: {
         "all": 0, "extra": 1000 * config.hop1 + 2000 * config.hop2})
     for hop1, hop2 in product(book_module.SHARES, repeat=2):
         shares = ["--hop1", str(hop1), "--hop2", str(hop2)]

@@ -1,0 +1,208 @@
+"""The runs below a folder, and all numbers of a run, as nested dicts.
+
+A run's numbers are its files as they are, and what is worked out from them here: the steps at which
+something was reached, how many compositions it was trained on, what it has learnt.
+"""
+import math
+import re
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from data import BadInput, make_splits, make_world
+from experiments.measure import read_json
+from grok import Config, first_step, read_run
+
+NEVER = math.inf  # the step of what never came
+
+
+# ---------------------------------------------------------------- reading runs
+@dataclass(frozen=True)
+class Run:
+    """A finished run, and what was measured of it, by experiments/NAME.py; {} or [] if it was
+    not."""
+    name: str       # its folder under ROOT: small/natural/seed0
+    folder: Path
+    config: Config
+    history: list   # see Trainer.measure
+    inside: dict    # measure.py
+    film: list      # measure.py --film
+    grafts: list    # graft.py
+    grokfast: dict  # grokfast.py
+    together: list  # together.py
+
+
+@dataclass
+class Runs:
+    """All runs under ROOT."""
+    groups: dict = field(default_factory=dict)    # {small/natural: [Run, ...]}, one a seed
+    left_out: list = field(default_factory=list)  # "small/natural/seed2: is not finished ..."
+    paper_world: list = field(default_factory=list)  # see experiments/paper_world.py
+
+
+def read_runs(root):
+    """The Runs in every folder under ROOT with a config.json, however deep. A run that is not
+    finished, is damaged or does not belong to its group is left out by name."""
+    root = Path(root)
+    if not root.is_dir():
+        raise BadInput(f"root = {root}: is no folder")
+    runs = Runs(paper_world=read_json(root / "paper_world.json", list))
+    for path in sorted(root.rglob("config.json")):
+        name = path.parent.relative_to(root).as_posix()
+        group = runs.groups.setdefault(group_of(name), [])
+        try:
+            run = read_one(path.parent, name)
+            check_group(run, group)
+            group.append(run)
+        except BadInput as error:
+            reason = str(error).removeprefix(f"{path.parent}: ")
+            runs.left_out.append(f"{name}: {reason}".replace(f"{root}/", ""))
+    runs.groups = {name: group for name, group in runs.groups.items() if group}
+    if not runs.groups and not runs.left_out:
+        raise BadInput(f"{root}: holds no run")
+    return runs
+
+
+def group_of(name):
+    """small/natural of small/natural/seed0; a folder without a seed is a group of its own."""
+    folder, _, last = name.rpartition("/")
+    return folder if folder and re.fullmatch("seed[0-9]+", last) else name
+
+
+def read_one(folder, name):
+    """The Run in a folder."""
+    config, history = read_run(folder)
+    return Run(name, folder, config, history,
+               inside=read_json(folder / "inside.json", dict),
+               film=read_json(folder / "film.json", list),
+               grafts=read_json(folder / "graft.json", list),
+               grokfast=read_json(folder / "grokfast.json", dict),
+               together=read_json(folder / "together.json", list))
+
+
+def check_group(run, group):
+    """Refuse a run that differs from its group in more than its seed, or in nothing."""
+    for other in group:
+        if run.config.seed == other.config.seed:
+            raise BadInput(f"has the seed of {other.name}")
+        for name, value in asdict(run.config).items():
+            theirs = getattr(other.config, name)
+            if name not in ("seed", "device") and value != theirs:
+                raise BadInput(f"{name} = {value}, but {other.name} has {theirs}")
+
+
+# ---------------------------------------------------------------- the numbers of one run
+MILESTONES = {  # name: (split, level, which rate of the lens)
+    "fit": ("train_inferred", 0.99, None),
+    "id_.5": ("test_id", 0.5, None),
+    "answer_.5": ("test_ood", 0.5, None),
+    "answer_.9": ("test_ood", 0.9, None),
+    "answer_.95": ("test_ood", 0.95, None),
+    "lens_.5": ("test_ood", 0.5, "any")}
+FILMED = {"fit": ("fitted", 0.99), "aim_.5": ("nearest_right", 0.5), "store_.5": ("own_code", 0.5),
+          "answer_.5": ("as_is", 0.5)}  # of the frames of film.json: (number, level)
+
+
+def numbers_of(run):
+    """All that a place can lead to in a run, as nested dicts."""
+    numbers = {str(line["step"]): line for line in run.history}
+    numbers.update(last=run.history[-1], config=asdict(run.config), **run.inside)
+    numbers["step"] = milestones_of(run.history)
+    numbers["times_as_late"] = times_as_late(numbers["step"])
+    if run.film:
+        numbers["film"] = milestones_of_film(run.film)
+    if run.grokfast:
+        numbers["grokfast"] = {name: NEVER if value is None else value
+                               for name, value in run.grokfast.items()}
+    if run.together:
+        numbers["together"] = run.together[-1]  # of its largest set of sites
+    if run.name.startswith(("small/", "long/", "map/")) and not run.config.facts:
+        numbers["compositions"] = count_compositions(replace(run.config, seed=0))
+    numbers["form"] = form_of(run)
+    if "end" in run.inside and not run.config.new_facts:
+        numbers["class"] = class_of(run)
+        numbers["learnt"] = {name: float(kind in numbers["class"]) for name, kind in LEARNT.items()}
+    return numbers
+
+
+def milestones_of(history):
+    """{name: step of the first evaluation at which it holds} of MILESTONES."""
+    steps = {}
+    for name, (split, level, lens) in MILESTONES.items():
+        steps[name] = first_step(history, level, split, lens) or NEVER
+    return steps
+
+
+def times_as_late(steps):
+    """{name: its step by the step of the fit}."""
+    ratios = {}
+    for name, step in steps.items():
+        both_came = NEVER not in (step, steps["fit"])
+        ratios[name] = step / steps["fit"] if both_came else NEVER
+    return ratios
+
+
+def milestones_of_film(film):
+    """{name: step of the first frame at which it holds} of FILMED, of OOD questions."""
+    history = []
+    for frame in film:
+        shares = {"fitted": frame["fitted"], **frame["test_ood"]}
+        history.append({"step": frame["step"], "accuracy": shares})
+    return {name: first_step(history, level, number) or NEVER
+            for name, (number, level) in FILMED.items()}
+
+
+@lru_cache(maxsize=None)
+def count_compositions(config):
+    """{"all": two-step questions in training, "extra": how many more than in natural training}."""
+    world = make_world(config)
+    n_trained = len(make_splits(world, config)["train_inferred"].h)
+    n_natural = round(config.phi * np.count_nonzero(~world.is_ood))
+    return {"all": n_trained, "extra": n_trained - n_natural}
+
+
+def form_of(run):
+    """Whether the states of ID questions show the bridge as the "first" or the "last" of the
+    entities at the end; None if neither, or if they were not looked into."""
+    states = get(run.inside, "end test_id seen state")
+    return word_of({"first": get(states, "entity best"), "last": get(states, "last_entity best")})
+
+
+def word_of(shares):
+    """The one of "first" and "last" that holds in half of the questions, or None."""
+    for word in ("first", "last"):
+        if shares[word] is not None and shares[word] >= 0.5:
+            return word
+    return None
+
+
+LEARNT = {"memorises": "memorises", "circuit": "circuit", "for_all": "full circuit"}  # in a class
+
+
+def class_of(run):
+    """What a run has learnt, by intervention: a circuit is one only where a swap redirects .5."""
+    if first_step(run.history, 0.99, "train_inferred") is None:
+        return "does not fit"
+    answers = run.history[-1]["accuracy"]
+    redirects = {}
+    for split in ("test_id", "test_ood"):
+        share = get(run.inside, f"end site {split} donor")
+        redirects[split] = share is not None and share >= 0.5
+    if answers["test_ood"] >= 0.5 and redirects["test_ood"]:
+        return "a full circuit"
+    if answers["test_id"] >= 0.5 and redirects["test_id"]:
+        return "an ID circuit"
+    if answers["test_id"] < 0.5 and not redirects["test_id"]:
+        return "memorises"
+    return "between these"
+
+
+def get(tree, path):
+    """What stands at a path of words in nested dicts, or None."""
+    for word in path.split():
+        if not isinstance(tree, dict) or tree.get(word) is None:
+            return None
+        tree = tree[word]
+    return tree
