@@ -9,7 +9,7 @@ A place is a group of runs and a path in their files, as the files spell it:
     small/natural step answer_.9              first evaluation with .9 answered, see MILESTONES
 
 A group is the runs that differ in their seed alone; it is named after its folder. What is found at
-a place in all of them is a Cell.
+a place in all of them is a Cell. A few more places lead to what is no run: those of ALSO.
 """
 import csv
 from collections import Counter
@@ -30,6 +30,9 @@ PAPER = Path(__file__).with_name("paper.csv")
 NO_RUN = "*no run yet*"
 NOT_MEASURED = "*not measured*"
 FIELDS = ("mean", "least", "most", "n", "chance", "seeds", "without")  # the numbers of a Cell
+ALSO = {"paper": "the numbers of the paper, paper.csv", "paper_world": "see paper_world.py",
+        "all": "counts over all runs", "apart": "the exceptions that six sites do not explain",
+        "needed": "the cheapest square of the map", "derived": "what predictions need beside these"}
 IN_WORDS = ("with_chance", "each")  # its text and its chance level; all values, seed by seed
 
 
@@ -77,7 +80,9 @@ class Cell:
             return value
         if self.kind == "share":
             return short(value) if value >= 0 else f"-{short(-value)}"
-        return f"{value:.1f}" if self.kind == "ratio" else f"{value:,.0f}"
+        if self.kind == "ratio":
+            return f"{value:.1f}"
+        return f"{value:,.0f}" if value >= 1 else f"{value:g}"
 
     def text(self):
         """"mean (least to most)", and what is lacking."""
@@ -105,6 +110,8 @@ class Cell:
         if name == "each":
             return ", ".join(self.show(value) for value in self.values)
         value = getattr(self, name)
+        if name == "mean" and NEVER in self.values:
+            return self.text()  # a mean of those that came would mislead
         is_size = name in ("n", "seeds", "without") and value is not None
         return f"{value:,}" if is_size else self.show(value)
 
@@ -281,7 +288,7 @@ def count_grafts(groups):
                 own = forms[run.config.seed]
                 theirs = forms.get(graft["seed"])
                 result = word_of(graft)
-                if None not in (own, theirs, result):
+                if None not in (own, theirs):
                     kind = "parted" if own != theirs else "alike"
                     counts[kind] += 1
                     counts[f"{kind}_follow"] += result == theirs
@@ -297,7 +304,7 @@ RUN_COLUMNS = {  # column: path in the numbers of a run; all but donor_id of OOD
     "own_code": "end aim test_ood own_code", "snapped": "end aim test_ood snapped",
     "donor": "end site test_ood donor", "code": "end site test_ood code",
     "donor_id": "end site test_id donor", "n_swapped": "end site test_ood n",
-    "where": "end site where", "site": "end site name", "together": "together mixed_donors",
+    "where": "end site where", "site": "end site name", "together": "together redirected",
     "outright": "together outright", "class": "class"}
 
 
@@ -336,7 +343,7 @@ def count_runs(rows):
     """{what: how many runs} that were opened, answer half, are redirected by a donor, else by
     codes, or by neither; the same of those in which the lens sees less than half; in how many a
     donor redirects .8 of the ID answers at the site, and of the OOD answers, too; and in how many
-    exceptions four sites together redirect nine tenths of what can be expected of them."""
+    exceptions up to six sites together redirect nine tenths of what can be expected of them."""
     half = answering_half(rows)
     swaps = [redirected_by(row) for row in half]
     unseen = [row for row in half if row["seen"] is not None and row["seen"] < 0.5]
@@ -347,14 +354,17 @@ def count_runs(rows):
             "coded": swaps.count("code"), "unseen": len(unseen),
             "unseen_used": swaps_unseen.count("donor"),
             "unseen_coded": swaps_unseen.count("code"), "unexplained": swaps.count(None),
-            "id_site": len(id_site), "id_site_used": len(id_site) - swaps_id_site.count(None),
-            "together": sum(part_of(row) >= 0.9 for row in exceptions(rows))}
+            "id_site": len(id_site), "no_id_site": len(half) - len(id_site),
+            "id_site_used": len(id_site) - swaps_id_site.count(None),
+            "together": sum((part_of(row) or 0) >= 0.9 for row in exceptions(rows))}
 
 
 def part_of(row):
-    """What four sites together redirect, of a row of runs.csv, by what the model answers outright;
-    -1 if that was not tried."""
-    return row["together"] / row["outright"] if row["outright"] else -1
+    """What six sites together redirect, of a row of runs.csv, by what the model answers outright;
+    None if that was not tried."""
+    if row["together"] is None or not row["outright"]:
+        return None
+    return row["together"] / row["outright"]
 
 
 # ---------------------------------------------------------------- the book itself
@@ -368,13 +378,15 @@ class Book:
             self.numbers[group] = [numbers_of(run) for run in members]
         self.rows = rows_of(runs.groups, self.numbers)
         seconds = sum(run.history[-1].get("seconds", 0) for run in chain(*runs.groups.values()))
-        # groups of what is no run
+        for name in ALSO:
+            if name in self.numbers:
+                raise BadInput(f"{name}: no group of runs can have this name")
         self.numbers["paper"] = [paper_numbers()]
         self.numbers["paper_world"] = runs.paper_world
         self.numbers["all"] = [{"counts": {**count_runs(self.rows), **count_grafts(runs.groups),
                                            "hours": seconds / 3600}}]
         parts = [part_of(row) for row in exceptions(self.rows)]
-        self.numbers["apart"] = [{"part": part} for part in parts if 0 <= part < 0.9]
+        self.numbers["apart"] = [{"part": part} for part in parts if part is not None and part < 0.9]
         self.numbers["needed"] = [cheapest_square(self)]
         self.numbers["derived"] = [derived_numbers(self)]
         outcomes, self.predictions = predict_all(self)

@@ -326,7 +326,7 @@ def plain_data(runs):
     panels[0].set_ylabel("share of two-step questions answered")
     names = {"training": GREY, "unseen, of ID facts": SKY, "unseen, of OOD facts": BLUE}
     handles = [Line2D([], [], color=color, label=name) for name, color in names.items()]
-    for run, line in zip(group, cycle(SEED_LINES)):
+    for run, line in zip(max(groups.values(), key=len), cycle(SEED_LINES)):
         handles.append(Line2D([], [], linestyle=line, color="black",
                               label=f"seed {run.config.seed}"))
     figure.legend(handles=handles, loc="outside lower center", ncols=6)
@@ -369,8 +369,9 @@ def new_facts(runs):
     means = {}
     for axes, (title, names) in zip(figure.subplots(1, 2, sharey=True), FROM_THE_END.items()):
         groups = {share: runs.group(name, "r2_alone") for share, name in names.items()}
-        means[title] = {split: draw_exposure(axes, groups, split, color)
-                        for split, (_, color) in SERVED.items()}
+        means[title] = {}
+        for split, (_, color) in SERVED.items():
+            means[title][split] = draw_exposure(axes, groups, split, color)
         for share, group in groups.items():
             draw_r2_alone(axes, group, share)
         axes.set_title(f"{title} ({name_seeds(groups[0.0])})")

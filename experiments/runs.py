@@ -99,7 +99,6 @@ MILESTONES = {  # name: (split, level, which rate of the lens)
     "id_.5": ("test_id", 0.5, None),
     "answer_.5": ("test_ood", 0.5, None),
     "answer_.9": ("test_ood", 0.9, None),
-    "answer_.95": ("test_ood", 0.95, None),
     "lens_.5": ("test_ood", 0.5, "any")}
 FILMED = {"fit": ("fitted", 0.99), "aim_.5": ("nearest_right", 0.5), "store_.5": ("own_code", 0.5),
           "answer_.5": ("as_is", 0.5)}  # of the frames of film.json: (number, level)
@@ -123,15 +122,19 @@ def numbers_of(run):
     numbers["form"] = form_of(run)
     if "end" in run.inside and not run.config.new_facts:
         numbers["class"] = class_of(run)
+        if (get(run.inside, "end aim test_ood as_is") or 0) >= 0.5:
+            numbers["end_if_half"] = run.inside["end"]  # of those that answer half
         numbers["learnt"] = {name: float(kind in numbers["class"]) for name, kind in LEARNT.items()}
     return numbers
 
 
 def milestones_of(history):
-    """{name: step of the first evaluation at which it holds} of MILESTONES."""
+    """{name: step of the first evaluation at which it holds} of those MILESTONES whose split was
+    measured."""
     steps = {}
     for name, (split, level, lens) in MILESTONES.items():
-        steps[name] = first_step(history, level, split, lens) or NEVER
+        if split in history[-1]["lens" if lens else "accuracy"]:
+            steps[name] = first_step(history, level, split, lens) or NEVER
     return steps
 
 
@@ -139,8 +142,8 @@ def times_as_late(steps):
     """{name: its step by the step of the fit}."""
     ratios = {}
     for name, step in steps.items():
-        both_came = NEVER not in (step, steps["fit"])
-        ratios[name] = step / steps["fit"] if both_came else NEVER
+        fit = steps.get("fit", NEVER)
+        ratios[name] = NEVER if NEVER in (step, fit) else step / fit
     return ratios
 
 
@@ -185,16 +188,16 @@ def class_of(run):
     """What a run has learnt, by intervention: a circuit is one only where a swap redirects .5."""
     if first_step(run.history, 0.99, "train_inferred") is None:
         return "does not fit"
-    answers = run.history[-1]["accuracy"]
+    answers = {}
     redirects = {}
     for split in ("test_id", "test_ood"):
-        share = get(run.inside, f"end site {split} donor")
-        redirects[split] = share is not None and share >= 0.5
-    if answers["test_ood"] >= 0.5 and redirects["test_ood"]:
+        answers[split] = run.history[-1]["accuracy"].get(split, 0.0) >= 0.5
+        redirects[split] = (get(run.inside, f"end site {split} donor") or 0.0) >= 0.5
+    if answers["test_ood"] and redirects["test_ood"]:
         return "a full circuit"
-    if answers["test_id"] >= 0.5 and redirects["test_id"]:
+    if answers["test_id"] and redirects["test_id"]:
         return "an ID circuit"
-    if answers["test_id"] < 0.5 and not redirects["test_id"]:
+    if not answers["test_id"] and not redirects["test_id"]:
         return "memorises"
     return "between these"
 

@@ -136,17 +136,23 @@ def end_table(lines, left_out):
 
 
 def exceptions_table(book, most=5):
-    """Markdown of those of the exceptions() whose four sites together redirect most."""
+    """Markdown of those of the exceptions() whose six sites together redirect most."""
     rows = exceptions(book.rows)
-    rows.sort(key=part_of, reverse=True)
+    rows.sort(key=sort_key, reverse=True)
     if not rows:
         return "*There is none.*"
-    lines = ["| run | answers | one site redirects | four together | at most (asked outright) |",
+    lines = ["| run | answers | one site redirects | six together | at most (asked outright) |",
              "| --- | --- | --- | --- | --- |"]
     for row in rows[:most]:
         shown = [short(row[name]) for name in ("answer", "donor", "together", "outright")]
         lines.append(f"| `{row['run']}` | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def sort_key(row):
+    """How much of a run of runs.csv is explained."""
+    part = part_of(row)
+    return -1.0 if part is None else part
 
 
 def left_out_sentence(runs):
@@ -174,12 +180,19 @@ def csv_of_places(book, table):
         is_tuned = bool(get(members[0], "config new_facts")) if members else False
         if table in ("training", "new_facts") and is_tuned != (table == "new_facts"):
             continue
-        for prefix in CSVS[table]:
-            paths = dict.fromkeys(path for numbers in members for path in paths_in(numbers, prefix))
-            for path in paths:
-                cell = book.cell(f"{group} {path}")
-                rows.append([group, path, *(getattr(cell, name) for name in FIELDS)])
+        for path in paths_of_group(members, table):
+            cell = book.cell(f"{group} {path}")
+            rows.append([group, path, *[getattr(cell, name) for name in FIELDS]])
     return write_csv(["runs", "path", *FIELDS], rows)
+
+
+def paths_of_group(members, table):
+    """The paths of a table that lead to a number in one of these runs, each once."""
+    paths = {}
+    for prefix in CSVS[table]:
+        for numbers in members:
+            paths.update(dict.fromkeys(paths_in(numbers, prefix)))
+    return paths
 
 
 def paths_in(tree, path):
@@ -216,7 +229,9 @@ def all_files(root):
     for table in CSVS:
         files[f"tables/{table}.csv"] = csv_of_places(book, table)
     columns = ["run", *RUN_COLUMNS]
-    rows = [[row[column] for column in columns] for row in book.rows]
+    rows = []
+    for row in book.rows:
+        rows.append([row[column] for column in columns])
     files["tables/runs.csv"] = write_csv(columns, rows)
     files["tables/verdicts.csv"] = csv_of_verdicts(book)
     files["tables/predictions.csv"] = write_csv(
@@ -261,7 +276,7 @@ def parse(argv=None):
 
 @command("experiments.tables")
 def main(argv=None):
-    """Write, compare or print; exit status 0, or 2 for what cannot be used or is out of date."""
+    """Write or compare; exit status 0, or 2 for what cannot be used or is out of date."""
     args = parse(argv)
     files, book = all_files(args.root)
     out = args.out or args.root

@@ -1,22 +1,23 @@
 """Where is the bridge of a run in which no single site holds it?
 
-    python -m experiments.together RUN...    together.json in each RUN: the two, three and four
-                                             sites that together redirect most OOD answers
+    python -m experiments.together RUN...    together.json in each RUN: the sites that together
+                                             redirect most OOD answers, one to six of them
 
-Two donors have the same bridge and different heads; one gives its value at the first site, the
-other at the rest. What such a mixture redirects is no more than the bridge that they share, however
-many sites take part. The best two sites are found by trying all pairs, then sites are added one at
-a time. The sites are chosen on one half of the right OOD questions and scored on the other.
+A set of sites that holds h and r1 of a donor would redirect without holding any bridge. So two
+donors take part, who have the same bridge and differ in h and in r1. One gives its values at h, the
+other at r1, and at r2 and the answer they take turns: what such a mixture redirects is no more than
+the bridge that they share. Either may begin; the smaller share of the two counts. Sites are added
+one at a time, always the one that redirects most. They are chosen on one half of the right OOD
+questions and scored on the other.
 
 together.json is a list of {"sites": [[loop, part, position], ...], "names", "n": questions scored,
-"mixed_donors": redirected by two such donors, "donor": by the first of them at all of the sites,
-"outright": how often the model gives the predicted answer to the new question itself (the donor's
-head and first relation, the question's own second relation)}. No swap can be expected to redirect
-more than that.
+"redirected": by the two donors, "outright": how often the model gives the predicted answer to the
+new question itself (a donor's head and first relation, the question's own second relation)}. No
+swap can be expected to redirect more than that.
 """
 import sys
 from functools import partial
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,10 @@ from data import BadInput
 from experiments.measure import write_each
 from grok import PARTS, Parser, command, load_run, to_tokens
 
-MOST = 4          # sites
+MOST = 6          # sites
 N_CHOOSING = 100  # questions
 N_SCORING = 300
-LAST_PASSES = 4   # of a recursive model; the sites of all its 28 loops make too many pairs
+H, R1 = 0, 1      # positions
 
 
 def prepare(model, world, queries, n):
@@ -46,28 +47,44 @@ def prepare(model, world, queries, n):
     return (clean, *values, predicted), outright
 
 
-def redirected(model, world, trial, n_first, sites):
-    """Share of the answers of a trial, see `prepare`, that become the predicted ones if the first
-    donor gives its values at the first n_first of the sites, the second at the others."""
+def redirected(model, world, trial, sites):
+    """Share of the answers of a trial, see `prepare`, that become the predicted ones if the two
+    donors give their values at the sites; the smaller of the two shares, by who begins."""
     clean, first, second, predicted = trial
-    put = {**take_sites(first, sites[:n_first]), **take_sites(second, sites[n_first:])}
-    return share_becoming(predicted, model, world, clean, put)
+    shares = []
+    for of_first, of_second in (divide(sites), divide(sites, first_begins=False)):
+        put = {**take_sites(first, of_first), **take_sites(second, of_second)}
+        shares.append(share_becoming(predicted, model, world, clean, put))
+    return min(shares)
+
+
+def divide(sites, first_begins=True):
+    """(sites of the first donor, sites of the second): at h the first, at r1 the second, elsewhere
+    in turns."""
+    of_first = []
+    of_second = []
+    is_first = first_begins
+    for site in sites:
+        position = site[2]
+        if position in (H, R1):
+            owner = of_first if position == H else of_second
+        else:
+            owner = of_first if is_first else of_second
+            is_first = not is_first
+        owner.append(site)
+    return of_first, of_second
 
 
 def sites_of(model):
-    """Every (loop, part, position); of a recursive model, in its last passes."""
-    first = 0
-    if model.config.model == "recursive":
-        first = max(0, model.n_loops - LAST_PASSES * model.config.n_blocks)
-    positions = range(len(POSITIONS))  # the tokens: scratch slots do not take part
-    return list(product(range(first, model.n_loops), PARTS, positions))
+    """Every (loop, part, position) of the tokens: scratch slots do not take part."""
+    return list(product(range(model.n_loops), PARTS, range(len(POSITIONS))))
 
 
 def grow(redirects, sites):
-    """The sets of two to MOST sites that redirect most, by redirects(sites of a set), each the last
-    one and a site more."""
-    best = max(combinations(sites, 2), key=redirects)
-    sets = [best]
+    """The sets of one to MOST sites, each the last one and the site more with which it redirects
+    most, by redirects(sites of a set)."""
+    best = ()
+    sets = []
     while len(best) < MOST:
         longer = [(*best, site) for site in sites if site not in best]
         best = max(longer, key=redirects)
@@ -88,11 +105,10 @@ def look_together(folder):
     if n == 0 or len(choosing[-1]) == 0:
         raise BadInput(f"{folder}: answers too few OOD questions to find two donors for one")
     measured = []
-    for sites in grow(partial(redirected, model, world, choosing, 1), sites_of(model)):
+    for sites in grow(partial(redirected, model, world, choosing), sites_of(model)):
         measured.append({"sites": [list(site) for site in sites],
                          "names": [name_sites([site], model.loop_names) for site in sites],
-                         "n": n, "mixed_donors": redirected(model, world, scoring, 1, sites),
-                         "donor": redirected(model, world, scoring, len(sites), sites),
+                         "n": n, "redirected": redirected(model, world, scoring, sites),
                          "outright": outright})
     return measured
 

@@ -3,8 +3,8 @@
 A verdict is computed from the Cells of a Book (experiments/book.py), once for `small` and once for
 `trm`. The second paragraph of a function's docstring is its rule, which verdicts.csv repeats:
 
-    holds    as the paper says        partly   with another instrument, threshold or ceiling
-    differs  not so                   open     a run or a measurement is missing, or decides nothing
+    holds    as the paper says     partly  with another instrument, in some runs, at one of two times
+    differs  not so                open    a run or a measurement is missing, or decides nothing
 """
 import inspect
 import math
@@ -16,7 +16,7 @@ OPEN = "open"
 FAILS = "fails"  # a prediction
 
 TOO_FEW = 20     # queries a run; a swap on fewer decides nothing
-LONGEST = {"small": "long/natural", "trm": "trm/natural"}              # natural training
+NATURAL = {"small": "long/natural", "trm": "trm/natural"}              # natural training
 SECOND = {"small": "small/second_full", "trm": "trm/second_full"}       # hop 2 supervised
 EARLY = {"small": "tune/small_natural_end", "trm": "tune/trm_natural"}  # new facts, 500 steps
 LATE = {"small": "tune/long_natural_end", "trm": "tune/trm_long_natural"}  # 6,000 steps
@@ -39,7 +39,7 @@ def judge_sooner(book, preset):
     Holds if every run with both hops supervised has .9 before any natural run; partly if some do.
     """
     both = book.need(f"{preset}/both_full step answer_.9")
-    natural = book.need(f"{LONGEST[preset]} step answer_.9")
+    natural = book.need(f"{NATURAL[preset]} step answer_.9")
     first = min(natural.have, default=math.inf)
     return all_or_some([step < first for step in both.values])
 
@@ -50,7 +50,7 @@ def judge_stages(book, preset):
     Holds if every run is fitted, then the lens sees half, then half is answered (or not yet);
     partly if the nearest code, another instrument, gives this order.
     """
-    by_lens = [book.need(f"{LONGEST[preset]} step {name}")
+    by_lens = [book.need(f"{NATURAL[preset]} step {name}")
                for name in ("fit", "lens_.5", "answer_.5")]
     if in_order(*by_lens):
         return HOLDS
@@ -62,6 +62,8 @@ def judge_stages(book, preset):
 def in_order(fit, bridge, answer):
     """Whether in every run the bridge came after the fit, and before the answer (if that came)."""
     for fitted, seen, answered in zip(fit.values, bridge.values, answer.values):
+        if None in (fitted, seen, answered):
+            raise Missing("a step of some seed")
         if not fitted < seen < math.inf or answered <= seen:
             return False
     return True
@@ -121,7 +123,9 @@ def judge_new_facts(book, preset):
     for line in (f"{EARLY[preset]} 500", f"{LATE[preset]} last"):
         hop1 = book.need(f"{line} accuracy new_old")
         hop2 = book.need(f"{line} accuracy old_new")
-        leads = [first - second for first, second in zip(hop1.have, hop2.have)]
+        if None in (*hop1.values, *hop2.values):
+            raise Missing(line)
+        leads = [first - second for first, second in zip(hop1.values, hop2.values)]
         in_every_run.append(min(leads) >= 0.1)
         on_average.append(hop1.mean - hop2.mean >= 0.1)
     if all(in_every_run):

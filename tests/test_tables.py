@@ -231,7 +231,7 @@ def whole(tmp_path_factory):
             form = {"entity": 0.75, "last": 0.0} if seed == 0 else {"entity": 0.0, "last": 0.75}
             write_run(root, f"{name}/seed{seed}", config=configs[name], shares=shares,
                       steps=steps, film=film, grafts=grafts, grokfast=grokfast,
-                      together=[{"mixed_donors": 0.5, "outright": 1.0}],
+                      together=[{"redirected": 0.5, "outright": 1.0}],
                       inside={**inside_of(**form, **learnt), "r2_alone": r2_alone})
     return root, *tables.all_files(root)
 
@@ -449,9 +449,9 @@ def test_milestones_are_those_of_the_histories(write):
     write_one("small/natural/seed0", shares=curve, steps=[1000, 2000, 3000])
     book = read_book()
     steps = {name: book.cell(f"small/natural step {name}").values for name in
-             ("fit", "answer_.5", "answer_.9", "answer_.95", "lens_.5")}
+             ("fit", "answer_.5", "answer_.9", "lens_.5")}
     assert steps == {"fit": [2000], "answer_.5": [2000], "answer_.9": [3000],
-                     "answer_.95": [3000], "lens_.5": [NEVER]}
+                     "lens_.5": [NEVER]}
     assert book.say("small/natural times_as_late answer_.9") == "1.5"
     assert book.say("small/natural times_as_late lens_.5") == "never"
 
@@ -492,7 +492,7 @@ def test_the_exceptions_are_those_that_answer_half_and_are_not_redirected(write)
     for seed, (answer, donor, code) in enumerate(numbers):
         inside = inside_of(as_is=answer, donor=donor)
         inside["end"]["site"]["test_ood"]["code"] = code
-        together = [{"mixed_donors": 0.45, "outright": 0.5}] if seed == 0 else None
+        together = [{"redirected": 0.45, "outright": 0.5}] if seed == 0 else None
         write_one(f"small/natural/seed{seed}", inside=inside, together=together)
     book = read_book()
     names = [row["run"][-5:] for row in book_module.exceptions(book.rows)]

@@ -22,8 +22,11 @@ def third_each(sites):
 
 def test_the_sites_that_hold_the_bridge_together_are_found():
     model = grok.build_model(SMALL, 12, 8)
-    two, three, four = together.grow(third_each, together.sites_of(model))
-    assert set(two) < set(three) == HELD and set(three) < set(four)
+    sites = together.sites_of(model)
+    sets = together.grow(third_each, sites)
+    assert [len(chosen) for chosen in sets] == [1, 2, 3, 4, 5, 6]
+    assert set(sets[1]) < set(sets[2]) == HELD < set(sets[3])
+    assert len(sites) == len(set(sites)) == 3 * 2 * 4
 
 
 @pytest.fixture(scope="module")
@@ -61,24 +64,27 @@ def test_the_two_donors_share_a_bridge_which_is_not_the_questions_own(trial):
     assert (values.abs().amax(1) > 0).all()  # two donors, not one
 
 
-def test_each_donor_gives_its_values_at_its_own_sites(trial, monkeypatch):
+def test_h_and_r1_come_from_different_donors_and_the_rest_in_turns():
+    r1, answer, h, r2 = (2, "state", 1), (2, "mixed", 3), (1, "state", 0), (2, "mixed", 2)
+    assert together.divide([r1, answer, h, r2]) == ([answer, h], [r1, r2])
+    assert together.divide([r1, answer, h, r2], first_begins=False) == ([h, r2], [r1, answer])
+
+
+def test_the_smaller_of_the_two_mixtures_counts(trial, monkeypatch):
+    _, _, (_, first, second, _) = trial
+    at_r2, at_answer = (2, "mixed", 2), (2, "mixed", 3)
+    begins = []
+
     def note(predicted, model, world, clean, put):
-        return put
+        donor = first if torch.equal(put[at_r2], first["mixed"][2, :, 2]) else second
+        other = second if donor is first else first
+        assert torch.equal(put[at_answer], other["mixed"][2, :, 3])
+        begins.append(donor is first)
+        return 0.75 if donor is first else 0.25
 
     monkeypatch.setattr(together, "share_becoming", note)
-    _, _, (_, first, second, _) = trial
-    one, other = (2, "mixed", 2), (1, "state", 0)
-    put = together.redirected(*trial, 1, [one, other])
-    assert torch.equal(put[one], first["mixed"][2, :, 2])
-    assert torch.equal(put[other], second["state"][1, :, 0])
-    put = together.redirected(*trial, 2, [one, other])
-    assert torch.equal(put[other], first["state"][1, :, 0])
-
-
-def test_of_a_recursive_model_the_last_passes_take_part():
-    config = grok.Config(**{**grok.PRESETS["trm"][2], "d_model": 16, "preset": "trm"})
-    sites = together.sites_of(grok.build_model(config, 12, 8))
-    assert len(sites) == len(set(sites)) == 64 and min(loop for loop, _, _ in sites) == 20
+    assert together.redirected(*trial, [at_r2, at_answer]) == 0.25
+    assert begins == [True, False]
 
 
 def test_the_command_writes_a_line_a_set_and_refuses_other_runs(tmp_path, capsys, monkeypatch):
@@ -95,5 +101,5 @@ def test_the_command_writes_a_line_a_set_and_refuses_other_runs(tmp_path, capsys
     assert "causal: is no run of four positions" in refused[0]
     assert "few: answers too few OOD questions" in refused[1] and len(refused) == 2
     lines = json.loads((tmp_path / "good/together.json").read_bytes())
-    assert [len(line["sites"]) for line in lines] == [2, 3, 4]
-    assert all(0 <= line["mixed_donors"] <= 1 and line["n"] > 0 for line in lines)
+    assert [len(line["sites"]) for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(0 <= line["redirected"] <= 1 and line["n"] > 0 for line in lines)
