@@ -426,6 +426,36 @@ def test_a_cell_says_mean_least_and_most_and_what_is_lacking(cell, text):
     assert cell.text() == text
 
 
+def test_a_mean_of_steps_says_in_how_many_runs_they_never_came(write):
+    write_one, read_book = write
+    for seed, right in enumerate((0.95, 0.5)):
+        write_one(f"small/natural/seed{seed}", shares={"test_ood": right}, steps=[1000, 3000])
+    book = read_book()
+    assert book.say("small/natural step answer_.9 mean") == "1,000 (1 never)"
+    assert book.say("small/natural step answer_.9 without") == "1"
+
+
+def test_a_split_that_was_not_measured_is_not_said_to_come_never(write, tmp_path):
+    write_one, read_book = write
+    write_one("small/natural/seed0", inside=inside_of())
+    metrics = tmp_path / "root/small/natural/seed0/metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in lines:
+        del line["accuracy"]["test_ood"], line["lens"]["test_ood"]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    book = read_book()
+    assert book.say("small/natural step answer_.9") == "*not measured*"
+    assert book.say("small/natural step lens_.5") == "*not measured*"
+    assert book.say("small/natural class") == "between these"
+
+
+def test_a_group_cannot_have_the_name_of_what_is_no_run(write):
+    write_one, read_book = write
+    write_one("all/seed0")
+    with pytest.raises(data.BadInput, match="all: no group of runs can have this name"):
+        read_book()
+
+
 def test_a_csv_has_a_line_a_cell_with_all_its_numbers(write, tmp_path):
     write_one, _ = write
     for seed, share in enumerate((0.25, 0.5, 0.75)):
@@ -496,6 +526,8 @@ def test_the_exceptions_are_those_that_answer_half_and_are_not_redirected(write)
         write_one(f"small/natural/seed{seed}", inside=inside, together=together)
     book = read_book()
     names = [row["run"][-5:] for row in book_module.exceptions(book.rows)]
+    parts = [book_module.part_of(row) for row in book_module.exceptions(book.rows)]
+    assert parts == [0.9, None]
     assert names == ["seed0", "seed3"]
     counts = [book.say(f"all counts {name}") for name in ("opened", "half", "used", "coded", "unseen")]
     assert counts == ["5", "4", "1", "1", "4"]
