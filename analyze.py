@@ -264,9 +264,9 @@ def swap(clean, pool, rng):
 
 
 def same_bridge(clean, pool, rng):
-    """Donors with the same bridge and another r2: the street where Ada's mother lives. The answer
-    becomes theirs where it is carried itself, or r2 beside the bridge; where Bea alone is carried
-    nothing changes. -> (clean, donors, their answers)"""
+    """Donors with the same bridge, reached otherwise, and another r2: the street of Gus's aunt, who
+    is Bea, too. The answer becomes theirs where it is carried itself, or r2 beside the bridge;
+    where Bea alone is carried nothing changes. -> (clean, donors, their answers)"""
     def allowed(query, pool):
         other_question = (pool.h != query.h) | (pool.r1 != query.r1)
         return (pool.b == query.b) & other_question & (pool.r2 != query.r2) & (pool.t != query.t)

@@ -135,7 +135,7 @@ def cell_at(group, path):
     values = [get(numbers, path) for numbers in group]
     if any(isinstance(value, (dict, list)) for value in values):
         raise BadInput(f"template: {path or 'a group alone'}: is no number")
-    sizes = [size for size in (size_at(numbers, path) for numbers in group) if size is not None]
+    sizes = Cell([size_at(numbers, path) for numbers in group]).have
     chance = Cell([chance_at(numbers, path) for numbers in group]).mean
     return Cell(values, kind_of(path, values), sum(sizes) if sizes else None, chance)
 

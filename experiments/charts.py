@@ -88,7 +88,7 @@ def draw_aims(axes, aims):
     """A stacked bar a stage, {stage: [aim_and_store of a seed]}, and each seed's levels."""
     names = []
     for x, (stage, seeds) in enumerate(aims.items()):
-        levels = [mean(seed[level] for seed in seeds) for level in LEVELS] + [1.0]
+        levels = [mean_of(seeds, level) for level in LEVELS] + [1.0]
         bottom = 0.0
         for level, color in zip(levels, BAR_PARTS.values()):
             top = max(bottom, level)  # a step that mends nothing, or less than nothing, has no part
@@ -102,10 +102,15 @@ def draw_aims(axes, aims):
             for level, color in zip(LEVELS, BAR_PARTS.values()):
                 for width, ink in ((4.5, "black"), (2.5, color)):  # a rim around the colour
                     axes.plot([left, left + 0.1], [aim[level]] * 2, color=ink, linewidth=width)
-        right = mean(aim["nearest_right"] for aim in seeds)
+        right = mean_of(seeds, "nearest_right")
         names.append(f"at the {stage}\n(nearest code right: {short(right)})")
     show_shares(axes)
     axes.set_xticks(range(len(names)), names)
+
+
+def mean_of(seeds, name):
+    """The mean over seeds of a number of aim_and_store."""
+    return mean(aim[name] for aim in seeds)
 
 
 def say_gains(group, aims):
