@@ -105,26 +105,23 @@ FILMED = {"fit": ("fitted", 0.99), "aim_.5": ("nearest_right", 0.5), "store_.5":
 
 
 def numbers_of(run):
-    """All that a place can lead to in a run, as nested dicts."""
+    """All that a place can lead to in a run, as nested dicts: its files as they are, and what is
+    worked out from them."""
     numbers = {str(line["step"]): line for line in run.history}
     numbers.update(last=run.history[-1], config=asdict(run.config), **run.inside)
-    numbers["step"] = milestones_of(run.history)
-    numbers["times_as_late"] = times_as_late(numbers["step"])
-    if run.film:
-        numbers["film"] = milestones_of_film(run.film)
+    if run.together:
+        numbers["together"] = run.together[-1]  # of its largest set of sites
     if run.grokfast:
         numbers["grokfast"] = {name: NEVER if value is None else value
                                for name, value in run.grokfast.items()}
-    if run.together:
-        numbers["together"] = run.together[-1]  # of its largest set of sites
+    if run.film:
+        numbers["film"] = milestones_of_film(run.film)
+    numbers["step"] = milestones_of(run.history)
+    numbers["times_as_late"] = times_as_late(numbers["step"])
     if run.name.startswith(("small/", "long/", "map/")) and not run.config.facts:
         numbers["compositions"] = count_compositions(replace(run.config, seed=0))
-    numbers["form"] = form_of(run)
     if "end" in run.inside and not run.config.new_facts:
-        numbers["class"] = class_of(run)
-        if (get(run.inside, "end aim test_ood as_is") or 0) >= 0.5:
-            numbers["end_if_half"] = run.inside["end"]  # of those that answer half
-        numbers["learnt"] = {name: float(kind in numbers["class"]) for name, kind in LEARNT.items()}
+        numbers.update(learnt_by(run))
     return numbers
 
 
@@ -140,9 +137,9 @@ def milestones_of(history):
 
 def times_as_late(steps):
     """{name: its step by the step of the fit}."""
+    fit = steps.get("fit", NEVER)
     ratios = {}
     for name, step in steps.items():
-        fit = steps.get("fit", NEVER)
         ratios[name] = NEVER if NEVER in (step, fit) else step / fit
     return ratios
 
@@ -164,6 +161,16 @@ def count_compositions(config):
     n_trained = len(make_splits(world, config)["train_inferred"].h)
     n_natural = round(config.phi * np.count_nonzero(~world.is_ood))
     return {"all": n_trained, "extra": n_trained - n_natural}
+
+
+def learnt_by(run):
+    """What a measured run has learnt: {"form", "class", "learnt": {kind of class: 1 or 0},
+    "end_if_half": what was measured at the end, if it answers half of the OOD questions}."""
+    name = class_of(run)
+    learnt = {kind: float(words in name) for kind, words in LEARNT.items()}
+    answer = get(run.inside, "end aim test_ood as_is")
+    end_if_half = run.inside["end"] if answer is not None and answer >= 0.5 else None
+    return {"form": form_of(run), "class": name, "learnt": learnt, "end_if_half": end_if_half}
 
 
 def form_of(run):
