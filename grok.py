@@ -1085,12 +1085,20 @@ def reason_of(error):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and whose flags have one spelling."""
+    """argparse whose errors are one line, whose flags have one spelling, and no empty value."""
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
         raise BadInput(message)
+
+    def parse_args(self, argv=None):
+        words = sys.argv[1:] if argv is None else argv
+        for flag, word in zip(["an argument", *words], words):
+            if word == "" or word.startswith("--") and word.endswith("="):
+                name = (word or flag).strip("-=").replace("-", "_")
+                raise BadInput(f"{name}: is empty; leave it out, or give it a value")
+        return super().parse_args(words)
 
 
 def parse(argv=None):
@@ -1115,11 +1123,7 @@ def parse(argv=None):
                        f"[{', '.join(REGIMES)}]")
     group.add_argument("--start", metavar="RUN", help="the run to fine-tune on new facts")
     group.add_argument("--out", metavar="FOLDER", help="(runs/PRESET/REGIME/seedK)")
-    given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        if value == "":
-            raise BadInput(f"{name}: is empty; leave it out, or give it a value")
-    return given
+    return vars(parser.parse_args(argv))
 
 
 def truth(text):

@@ -409,7 +409,9 @@ class Book:
     def say(self, words):
         """The text of the Cell at "GROUP PATH", or of a FIELD of it."""
         place, _, name = words.rpartition(" ")
-        group = words.partition(" ")[0]
+        group, _, path = words.partition(" ")
+        if not group or not path:
+            raise BadInput(f"template: {{value:{words}}}: is no place")
         if not self.numbers.get(group):
             return NO_RUN
         whole = self.cell(words)

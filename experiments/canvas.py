@@ -56,10 +56,12 @@ class Shelf:
                 self.left_out[run.name] = "was not measured"
         return [run for run in runs if part in run.inside]
 
-    def group(self, name, part=None):
-        """The seeds of a group, or those of them that are `measured`; Absent if there is none."""
+    def group(self, name, *parts):
+        """The seeds of a group of which all these parts are `measured`; Absent if there is none."""
         runs = self.groups.get(name, [])
-        chosen = self.measured(runs, part) if part else runs
+        chosen = runs
+        for part in parts:
+            chosen = self.measured(chosen, part)
         if not chosen:
             raise Absent(f"no finished run of {name}" + (" that was measured" if runs else ""))
         return chosen

@@ -65,7 +65,7 @@ BAR_PARTS = {"answered as it is": BLUE,
 
 def store_aim(runs):
     """What stands between an OOD question and its right answer, at the fit and at the end."""
-    groups = {name: runs.group(name, "fit") for name in ("small/natural", "trm/natural")}
+    groups = {name: runs.group(name, "fit", "end") for name in ("small/natural", "trm/natural")}
     figure = Figure((WIDTH, 4.4), layout="constrained")
     told = []
     panels = figure.subplots(1, len(groups), sharey=True)
@@ -317,6 +317,8 @@ def plain_data(runs):
     for name in ("long/phi_6", "long/natural"):
         group = runs.group(name)
         groups[f"{group[0].config.phi:g} training questions a fact"] = group
+    if len(groups) < 2:
+        raise Absent("long/phi_6 and long/natural with the same phi")
     figure = Figure((WIDTH, 3.7), layout="constrained")
     panels = figure.subplots(1, len(groups), sharey=True)
     last = min(group[0].config.steps for group in groups.values())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from analyze import check_writable
 from data import change_facts, compositions, make_world, queries
 from experiments.measure import r2_alone
 from grok import PRESETS, Config, Parser, command, say, write_file
@@ -56,8 +57,10 @@ def main(argv=None):
                     description="What r2 alone gives in the paper's world.")
     parser.add_argument("-o", "--out", type=Path, metavar="FOLDER",
                         default=SHIPPED, help="(runs/shipped)")
-    out = parser.parse_args(argv).out / "paper_world.json"
+    folder = parser.parse_args(argv).out
+    check_writable(folder)
     draws = [draw(data_seed) for data_seed in range(N_DRAWS)]
+    out = folder / "paper_world.json"
     write_file(out, json.dumps(draws).encode())
     say(out.as_posix())
 

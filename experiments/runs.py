@@ -91,6 +91,8 @@ def check_group(run, group):
             theirs = getattr(other.config, name)
             if name not in ("seed", "device") and value != theirs:
                 raise BadInput(f"{name} = {value}, but {other.name} has {theirs}")
+        if [line["step"] for line in run.history] != [line["step"] for line in other.history]:
+            raise BadInput(f"was evaluated at other steps than {other.name}")
 
 
 # ---------------------------------------------------------------- the numbers of one run

@@ -101,6 +101,8 @@ def fill_tables(lines, book):
             pattern = None
             left_out = []
         if pattern:
+            if len(cells_of(line)) != 2:
+                raise BadInput(f"template: {line}: is no line of a table with a pattern")
             label, keys = cells_of(line)
             line = f"| {' | '.join([label, *put_keys(pattern, keys)])} |"
             places = re.findall(r"\{value:([^{}]*)\}", line)
@@ -255,8 +257,8 @@ def compare(files, out):
     stale += [path.relative_to(out).as_posix() for path in sorted(out.glob("tables/*"))
               if path.relative_to(out).as_posix() not in files]
     if stale:
-        raise BadInput(f"{out}: {', '.join(stale)}: not what the runs give; write them anew with "
-                       "python -m experiments.tables")
+        raise BadInput(f"{out}: {', '.join(stale)}: not what the runs give; the same command without "
+                       "--check writes its files anew")
 
 
 def parse(argv=None):

@@ -167,4 +167,5 @@ def test_the_papers_world_is_drawn_into_one_file(tmp_path, monkeypatch):
     draw, = json.loads((tmp_path / "paper_world.json").read_text())
     shipped = json.loads((paper_world.SHIPPED / "paper_world.json").read_text())
     assert draw == pytest.approx(shipped[0]) and len(shipped) == 5
-    assert paper_world.main(["-o", str(tmp_path / "none")]) == 2
+    (tmp_path / "file").touch()
+    assert paper_world.main(["-o", str(tmp_path / "file/none")]) == 2

@@ -372,6 +372,15 @@ def test_a_run_that_never_fitted_is_not_filmed_as_fitted(tmp_path):
         figure_of("film.png", canvas.Shelf(tmp_path))
 
 
+def test_a_run_that_was_measured_at_the_fit_alone_has_no_bar(tmp_path):
+    for name, preset in (("small/natural", "small"), ("trm/natural", "trm")):
+        inside = inside_of()
+        del inside["end"]
+        write_run(tmp_path, f"{name}/seed0", config_of(preset), groks, inside)
+    with pytest.raises(canvas.Absent, match="that was measured"):
+        figure_of("store_aim.png", canvas.Shelf(tmp_path))
+
+
 def test_the_recursion_shows_each_site_where_it_is(root, tmp_path):
     config = config_of("trm", hop1=1.0, hop2=1.0)
     folder = write_run(tmp_path, "trm/both_full/seed0", config, groks)

@@ -326,7 +326,7 @@ def test_rows_without_a_run_are_left_out_by_name(write):
     assert "| run" not in filled and "No run of this table is there yet" in filled
 
 
-@pytest.mark.parametrize("place", ["{value:small/natural}", "{verdict:nothing}",
+@pytest.mark.parametrize("place", ["{value:small/natural}", "{value:}", "{verdict:nothing}",
                                    "{value:small/natural last accuracy}", "{numbers}"])
 def test_a_place_that_does_not_exist_is_refused_by_name(write, place):
     write_one, read_book = write
@@ -370,10 +370,12 @@ def test_runs_that_do_not_belong_together_are_not_averaged(write, tmp_path):
     write_one("small/natural/seed2", config=on_gpu, shares={"test_ood": 1.0})
     write_one("small/natural/seed00")
     write_one("small/natural/seed3")
+    write_one("small/natural/seed4", steps=[1000, 3000])
     (tmp_path / "root/small/natural/seed3/inside.json").write_text("[1]")
     book = read_book()
     assert book.cell("small/natural last accuracy test_ood").values == [0.5, 1.0]
     reasons = " ".join(book.runs.left_out)
+    assert "seed4: was evaluated at other steps than small/natural/seed0" in reasons
     assert "seed1: lr = 0.5, but small/natural/seed0 has 0.004" in reasons
     assert "seed00: has the seed of small/natural/seed0" in reasons
     assert "seed3/inside.json: " in reasons
@@ -454,6 +456,14 @@ def test_a_group_cannot_have_the_name_of_what_is_no_run(write):
     write_one("all/seed0")
     with pytest.raises(data.BadInput, match="all: no group of runs can have this name"):
         read_book()
+
+
+def test_a_line_of_a_table_with_too_many_cells_is_refused(write):
+    write_one, read_book = write
+    write_one("small/natural/seed0")
+    lines = "| = | {value:@1 last accuracy test_ood} |\n| ours | @ small/natural | more |"
+    with pytest.raises(data.BadInput, match="is no line of a table"):
+        tables.fill(lines, read_book())
 
 
 def test_a_csv_has_a_line_a_cell_with_all_its_numbers(write, tmp_path):
@@ -764,7 +774,8 @@ def test_check_names_what_is_out_of_date(write, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, reason", [
-    (["--check", "--readme"], "not allowed with"), (["--readme", "-o", "x"], "out = x: ")])
+    (["--check", "--readme"], "not allowed with"), (["--readme", "-o", "x"], "out = x: "),
+    (["-o", ""], "o: is empty"), (["--root="], "root: is empty")])
 def test_options_that_do_not_go_together_are_refused(options, reason, capsys):
     before = (ROOT / "README.md").read_bytes()
     assert tables.main(options) == 2
