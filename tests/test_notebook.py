@@ -53,7 +53,9 @@ WRONG = {  # exercise: answers that must not pass
         "def control(ours, theirs):\n    return ours + 0.01 * analyze.noise(ours)"],
     3: ["my_guess = 0.5",
         "my_guess = 'most'",
-        "my_guess, my_trainer = 0.5, grok.Trainer(live_config, live_world, live_splits)"],
+        "my_guess, my_trainer = 0.5, grok.Trainer(live_config, live_world, live_splits)",
+        "my_config = grok.Config(**grok.PRESETS['small'][2], hop1=0.5, hop2=1.0)  # on the map\n"
+        "my_trainer = grok.Trainer(my_config, *grok.make_data(my_config, {}))\nmy_guess = 0.9"],
     4: ["right, fewest = {n: 0.98 for n in range(1, 9)}, 2",
         "right, fewest = {1: 0.04}, 2",
         "right, fewest = [0.5] * 8, 4"],

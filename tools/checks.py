@@ -18,6 +18,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "runs" / "shipped"
 BRIDGE_IN_TINY = (2, "state", 1)   # loop 3, state, r1
 BRIDGE_IN_SMALL = (2, "mixed", 2)  # loop 3, mixed, r2
 MAP_STEPS = 3000
+MAP_SHARES = (0, 0.25, 0.5, 0.75, 1)
 
 
 # ---------------------------------------------------------------- what the checks share
@@ -132,14 +133,14 @@ def map_point(guess, trainer):
     is_small = all(getattr(config, name) == value for name, value in settings.items())
     if not is_small or config.hop1 + config.hop2 == 0:
         return verdict(False, "", "train the preset small, with hop1 or hop2 above 0")
+    if config.hop1 in MAP_SHARES and config.hop2 in MAP_SHARES:
+        return verdict(False, "", "the map of part 9 has this point; choose one between its points")
     if trainer.step < MAP_STEPS or not trainer.history or trainer.history[-1]["step"] < MAP_STEPS:
         return verdict(False, "", f"train {MAP_STEPS:,} steps, then call measure()")
     answer = trainer.history[-1]["accuracy"]["test_ood"]
-    folder = SHIPPED / "map" / f"hop1_{config.hop1:g}_hop2_{config.hop2:g}"
-    shipped = [grok.read_history(run)[-1]["accuracy"]["test_ood"] for run in folder.glob("seed*")]
-    others = ", ".join(f"{share:.2f}" for share in sorted(shipped)) or "none at this point"
-    verdict(True, f"you guessed {number.item():.2f}, your run answers {answer:.2f}; shipped runs: "
-            f"{others}", "")
+    miss = abs(answer - number.item())
+    verdict(True, f"you guessed {number.item():.2f}, your run answers {answer:.2f}, {miss:.2f} away. "
+            "What did you misjudge: the aim, the store, or how far seeds differ?", "")
 
 
 def loops(right, fewest):
