@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import BadInput, make_splits, make_world
+from data import BadInput, make_splits, make_world, reading
 from experiments.measure import read_json
 from grok import Config, first_step, read_run
 
@@ -74,12 +74,29 @@ def group_of(name):
 def read_one(folder, name):
     """The Run in a folder."""
     config, history = read_run(folder)
-    return Run(name, folder, config, history,
-               inside=read_json(folder / "inside.json", dict),
-               film=read_json(folder / "film.json", list),
-               grafts=read_json(folder / "graft.json", list),
-               grokfast=read_json(folder / "grokfast.json", dict),
-               together=read_json(folder / "together.json", list))
+    run = Run(name, folder, config, history,
+              inside=read_json(folder / "inside.json", dict),
+              film=read_json(folder / "film.json", list),
+              grafts=read_json(folder / "graft.json", list),
+              grokfast=read_json(folder / "grokfast.json", dict),
+              together=read_json(folder / "together.json", list))
+    with reading(folder / "inside.json"):
+        for stage, measured in run.inside.items():
+            check_leaves(measured, stage)
+    return run
+
+
+def check_leaves(tree, path):
+    """ValueError, with its path, if nested dicts hold what is no number."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is no dict")
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            check_leaves(value, f"{path} {name}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path} {name} is {value}")
+        elif isinstance(value, str) and name not in ("name", "where"):
+            raise ValueError(f"{path} {name} is no number")
 
 
 def check_group(run, group):

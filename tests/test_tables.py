@@ -355,6 +355,18 @@ def test_an_unfinished_run_is_left_out_by_name_and_never_averaged(write, tmp_pat
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize("damage, reason", [
+    ({"end": []}, "end is no dict"), ({"end": {"aim": {"test_ood": {"n": "500"}}}}, "test_ood n is"),
+    ({"end": {"aim": {"test_ood": {"as_is": float("nan")}}}}, "as_is is nan")])
+def test_a_measurement_that_is_no_number_leaves_its_run_out_by_name(write, damage, reason):
+    write_one, read_book = write
+    write_one("small/natural/seed0", inside=damage)
+    write_one("small/natural/seed1", inside=inside_of())
+    book = read_book()
+    assert len(book.runs.groups["small/natural"]) == 1
+    assert "small/natural/seed0" in book.runs.left_out[0] and reason in book.runs.left_out[0]
+
+
 def test_groups_are_named_by_their_folder_at_any_depth(write):
     write_one, read_book = write
     for name in ("small/natural/seed0", "a/b/c/seed1", "mine", "old/run_of_may"):
