@@ -30,10 +30,10 @@ PAPER = Path(__file__).with_name("paper.csv")
 NO_RUN = "*no run yet*"
 NOT_MEASURED = "*not measured*"
 FIELDS = ("mean", "least", "most", "n", "chance", "seeds", "without")  # the numbers of a Cell
+IN_WORDS = ("with_chance", "each")  # its text and its chance level; all values, seed by seed
 ALSO = {"paper": "the numbers of the paper, paper.csv", "paper_world": "see paper_world.py",
         "all": "counts over all runs", "apart": "the exceptions that six sites do not explain",
         "needed": "the cheapest square of the map", "derived": "what predictions need beside these"}
-IN_WORDS = ("with_chance", "each")  # its text and its chance level; all values, seed by seed
 
 
 # ---------------------------------------------------------------- one number of a group of runs
@@ -107,6 +107,8 @@ class Cell:
         """One of FIELDS or IN_WORDS, as a reader meets it."""
         if name == "with_chance":
             return f"{self.text()}, chance {self.show(self.chance)}" if self.have else self.text()
+        if self.kind == "text" and name != "each":
+            raise BadInput(f"template: {self.text()}: are words, and have no {name}")
         if name == "each":
             return ", ".join(self.show(value) for value in self.values)
         value = getattr(self, name)
@@ -209,13 +211,15 @@ def moves_of_map(book):
     store = map_of(book, "end aim test_ood own_code")
     answer = map_of(book, "end aim test_ood as_is")
     excess = answer - aim * store
-    shares = np.array(SHARES)
-    has_both = (shares[:, None] >= 0.75) & (shares >= 0.75)                     # (hop 1, hop 2)
-    has_less = ~has_both & (shares < 1)
+    nine_with_less = 0
+    for (row, column), share in np.ndenumerate(answer):
+        hop1 = SHARES[row]
+        hop2 = SHARES[column]
+        if share >= 0.9 and min(hop1, hop2) < 0.75 and hop2 < 1:
+            nine_with_less += 1
     return {"aim_along_hop2": np.ptp(aim, axis=1).max(),
             "store_along_hop1": np.ptp(store, axis=0).max(),
-            "answer_above_product": excess[:2, :2].max(),
-            "nine_with_less": int(((answer >= 0.9) & has_less).sum())}
+            "answer_above_product": excess[:2, :2].max(), "nine_with_less": nine_with_less}
 
 
 def data_square(phi, ood):
@@ -414,7 +418,7 @@ class Book:
             raise BadInput(f"template: {{value:{words}}}: is no place")
         if not self.numbers.get(group):
             return NO_RUN
-        whole = self.cell(words)
+        whole = self.cell(words)  # first, for a number itself may be called mean or n
         if name in (*FIELDS, *IN_WORDS) and not whole.have:
             return self.cell(place).field(name)
         return whole.text()

@@ -31,7 +31,9 @@ from grok import PARTS, Parser, command, load_run, to_tokens
 MOST = 6          # sites
 N_CHOOSING = 100  # questions
 N_SCORING = 300
-H, R1 = 0, 1      # positions
+# positions
+H = 0
+R1 = 1
 
 
 def prepare(model, world, queries, n):

@@ -26,11 +26,11 @@ class Missing(Exception):
     """A verdict needs a number that is not there."""
 
 
-def all_or_some(facts):
-    """HOLDS if all of these are so, PARTLY if some are, else DIFFERS."""
-    if all(facts):
+def verdict_of(cases):
+    """HOLDS if all of these cases are so, PARTLY if one is, else DIFFERS."""
+    if all(cases):
         return HOLDS
-    return PARTLY if any(facts) else DIFFERS
+    return PARTLY if any(cases) else DIFFERS
 
 
 def judge_sooner(book, preset):
@@ -41,7 +41,7 @@ def judge_sooner(book, preset):
     both = book.need(f"{preset}/both_full step answer_.9")
     natural = book.need(f"{NATURAL[preset]} step answer_.9")
     first = min(natural.have, default=math.inf)
-    return all_or_some([step < first for step in both.values])
+    return verdict_of([step < first for step in both.values])
 
 
 def judge_stages(book, preset):
@@ -109,7 +109,7 @@ def judge_before(book, preset):
     """
     answers = book.need(f"{preset}/both_full step answer_.5").values
     bridges = book.need(f"{preset}/both_full step lens_.5").values
-    return all_or_some([answer < bridge for answer, bridge in zip(answers, bridges)])
+    return verdict_of([answer < bridge for answer, bridge in zip(answers, bridges)])
 
 
 def judge_new_facts(book, preset):
@@ -140,7 +140,7 @@ def judge_r2_alone(book, preset):
     """
     answers = book.need(f"{LATE[preset]} last accuracy new_old")
     guess = book.need(f"{LATE[preset]} r2_alone new_old").mean
-    return all_or_some([answers.least - guess >= 0.1, answers.mean - guess >= 0.1])
+    return verdict_of([answers.least - guess >= 0.1, answers.mean - guess >= 0.1])
 
 
 def judge_ordinary(book, preset):
@@ -148,7 +148,7 @@ def judge_ordinary(book, preset):
 
     Holds if less than half is answered with both losses, partly if with one of them.
     """
-    return all_or_some([book.need(f"tiny/{group} last accuracy test_ood").mean < 0.5
+    return verdict_of([book.need(f"tiny/{group} last accuracy test_ood").mean < 0.5
                         for group in ("own_blocks_last_loop", "own_blocks")])
 
 
