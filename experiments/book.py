@@ -9,12 +9,12 @@ A place is a group of runs and a path in their files, as the files spell it:
     small/natural step answer_.9              first evaluation with .9 answered, see MILESTONES
 
 A group is the runs that differ in their seed alone; it is named after its folder. What is found at
-a place in all of them is a Cell. A few more places lead to what is no run: those of ALSO.
+a place in all of them is a Cell. A few more groups are no runs: those of ALSO.
 """
 import csv
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from analyze import short
 from data import BadInput, decode, read_bytes
 from experiments.predictions import predict_all
-from experiments.runs import NEVER, form_of, get, numbers_of, word_of
+from experiments.runs import NEVER, get, numbers_of
 from experiments.verdicts import FAILS, HOLDS, OPEN, Missing, judge_all
 
 FEW = 100  # queries; a number that rests on fewer says on how many
@@ -30,10 +30,9 @@ PAPER = Path(__file__).with_name("paper.csv")
 NO_RUN = "*no run yet*"
 NOT_MEASURED = "*not measured*"
 FIELDS = ("mean", "least", "most", "n", "chance", "seeds", "without")  # the numbers of a Cell
-IN_WORDS = ("with_chance", "each")  # its text and its chance level; all values, seed by seed
+IN_WORDS = ("with_chance", "each")  # its text and its chance level; all values ("–": none)
 ALSO = {"paper": "the numbers of the paper, paper.csv", "paper_world": "see paper_world.py",
-        "all": "counts over all runs", "apart": "the exceptions that six sites do not explain",
-        "needed": "the cheapest square of the map", "derived": "what predictions need beside these"}
+        "all": "counts over all runs", "map": "how far the map of supervision moves"}
 
 
 # ---------------------------------------------------------------- one number of a group of runs
@@ -85,44 +84,41 @@ class Cell:
         return f"{value:,.0f}" if value >= 1 else f"{value:g}"
 
     def text(self):
-        """"mean (least to most)", and what is lacking."""
+        """"mean (least–most)", and what is lacking."""
         if self.kind == "text":
-            return counted(self.have) or NOT_MEASURED
-        if not self.have:
-            shown = self.show(NEVER if NEVER in self.values else None)
-            return shown + (" (0 queries)" if self.n == 0 else "")
+            return counted(self.have)
         notes = []
         if self.show(self.least) != self.show(self.most):
-            notes.append(f"{self.show(self.least)} to {self.show(self.most)}")
+            notes.append(f"{self.show(self.least)}–{self.show(self.most)}")
         for lacking in (NEVER, None):
-            if lacking in self.values:
+            if self.have and lacking in self.values:
                 shown = self.show(lacking).strip("*")
                 notes.append(f"{self.values.count(lacking)} {shown}")
-        said = self.show(self.mean)
+        said = self.show(NEVER if not self.have and NEVER in self.values else self.mean)
         if notes:
             said += f" ({'; '.join(notes)})"
         return f"{said}, n = {self.n}" if self.n is not None and self.n < FEW else said
 
     def field(self, name):
         """One of FIELDS or IN_WORDS, as a reader meets it."""
-        if name == "with_chance":
-            return f"{self.text()}, chance {self.show(self.chance)}" if self.have else self.text()
-        if self.kind == "text" and name != "each":
-            raise BadInput(f"template: {self.text()}: are words, and have no {name}")
         if name == "each":
-            return ", ".join(self.show(value) for value in self.values)
-        value = getattr(self, name)
+            return ", ".join("–" if value is None else self.show(value) for value in self.values)
+        if self.kind == "text":
+            raise BadInput(f"template: {self.text()}: are words, and have no {name}")
+        if name == "with_chance":
+            return f"{self.text()}, chance {self.show(self.chance)}"
         if name == "mean" and NEVER in self.values:
             return self.text()  # a mean of those that came would mislead
+        value = getattr(self, name)
         is_size = name in ("n", "seeds", "without") and value is not None
         return f"{value:,}" if is_size else self.show(value)
 
 
 def counted(words):
-    """"a (2), b (1)"; "a" alone if all are the same, "" of none."""
+    """"a (2), b (1)"; "a" alone if all are the same."""
     counts = Counter(words)
-    if len(counts) <= 1:
-        return "".join(counts)
+    if len(counts) == 1:
+        return words[0]
     return ", ".join(f"{word} ({n})" for word, n in counts.most_common())
 
 
@@ -179,15 +175,12 @@ def chance_at(numbers, path):
     return get(numbers, f"{beside} {name}_chance")
 
 
-# ---------------------------------------------------------------- numbers of many groups
-SHARES = (0, 0.25, 0.5, 0.75, 1)  # of OOD facts supervised, in the map of supervision
-PHIS = (3, 6, 9, 12, 18)
-OOD_SHARES = (0.06, 0.125, 0.25)
-HELD_OUT = ((6, 0.06), (6, 0.25), (9, 0.125), (12, 0.125))  # squares that test the rule
+# ---------------------------------------------------------------- the map of supervision
+SHARES = (0, 0.25, 0.5, 0.75, 1)  # of OOD facts supervised, as hop 1 and as hop 2
 
 
 def square(hop1, hop2):
-    """The group of a square of the map of supervision; three of its corners are regimes."""
+    """The group of a square of the map; three of its corners are regimes."""
     corners = {(1, 0): "first_full", (0, 1): "second_full", (1, 1): "both_full"}
     if (hop1, hop2) in corners:
         return f"small/{corners[hop1, hop2]}"
@@ -195,119 +188,35 @@ def square(hop1, hop2):
 
 
 def map_of(book, path):
-    """The map of supervision, (5, 5): means by hop 1's share and hop 2's; Missing unless every
-    square was measured."""
-    means = []
-    for hop1 in SHARES:
-        means.append([book.need(f"{square(hop1, hop2)} {path}").mean for hop2 in SHARES])
-    return np.array(means)
+    """Means by hop 1's share and hop 2's, (5, 5); nan where nothing was measured."""
+    means = np.full((len(SHARES), len(SHARES)), np.nan)
+    for row, hop1 in enumerate(SHARES):
+        for column, hop2 in enumerate(SHARES):
+            mean = book.cell(f"{square(hop1, hop2)} {path}").mean
+            means[row, column] = np.nan if mean is None else mean
+    return means
 
 
 def moves_of_map(book):
-    """What the predictions say of the map: how far aim and store move at most along the other
-    hop's share; by how much the answer exceeds their product where both shares are low; how many
-    squares answer .9 with neither both shares at .75 nor hop 2 at 1."""
+    """How far aim and store move at most along the other hop's share; {} while a square is
+    missing."""
     aim = map_of(book, "end aim test_ood nearest_right")
     store = map_of(book, "end aim test_ood own_code")
-    answer = map_of(book, "end aim test_ood as_is")
-    excess = answer - aim * store
-    nine_with_less = 0
-    for (row, column), share in np.ndenumerate(answer):
-        hop1 = SHARES[row]
-        hop2 = SHARES[column]
-        if share >= 0.9 and min(hop1, hop2) < 0.75 and hop2 < 1:
-            nine_with_less += 1
+    if np.isnan(aim + store).any():
+        return {}
     return {"aim_along_hop2": np.ptp(aim, axis=1).max(),
-            "store_along_hop1": np.ptp(store, axis=0).max(),
-            "answer_above_product": excess[:2, :2].max(), "nine_with_less": nine_with_less}
-
-
-def data_square(phi, ood):
-    """The group of a square of the map of plain data; one is a square of the other map."""
-    return square(0, 0) if (phi, ood) == (18, 0.125) else f"data/phi_{phi}_ood_{ood:g}"
-
-
-def border_of_data(book):
-    """How many of the squares held out a threshold on phi gets wrong, which was fitted on the
-    others: halfway between the largest phi that memorises and the smallest with a circuit."""
-    phis = {"memorises": [], "circuit": []}
-    for phi, ood in product(PHIS, OOD_SHARES):
-        for kind in phis:
-            if all_are(book, phi, ood, kind) and (phi, ood) not in HELD_OUT:
-                phis[kind].append(phi)
-    if not phis["memorises"] or not phis["circuit"]:
-        raise Missing("a border of the map of plain data")
-    border = (max(phis["memorises"]) + min(phis["circuit"])) / 2
-    right = [all_are(book, phi, ood, "circuit" if phi > border else "memorises")
-             for phi, ood in HELD_OUT]
-    return {"wrong_by_border": right.count(False)}
-
-
-def all_are(book, phi, ood, kind):
-    """Whether every run of a square of the map of plain data is of a kind of class."""
-    return book.need(f"{data_square(phi, ood)} learnt {kind}").least == 1
-
-
-def sites_of_trm(book):
-    """At how many different sites the bridge is, over the seeds, both hops supervised."""
-    return {"sites_of_trm": len(set(book.need("trm/both_full end site name").values))}
-
-
-def derived_numbers(book):
-    """Numbers that predictions need and no file has, without those of which a run is missing."""
-    numbers = {}
-    for derive in (moves_of_map, border_of_data, sites_of_trm):
-        try:
-            numbers.update(derive(book))
-        except Missing:
-            continue
-    return numbers
-
-
-def cheapest_square(book, level=0.9):
-    """{"place", "extra", "answer"}: the square of the map that answers nine in ten, with the fewest
-    additional compositions; {} while a square is missing."""
-    extra = {}
-    for hop1, hop2 in product(SHARES, SHARES):
-        answer = book.cell(f"{square(hop1, hop2)} last accuracy test_ood")
-        if not answer.have:
-            return {}
-        if answer.mean >= level:
-            extra[hop1, hop2] = book.cell(f"{square(hop1, hop2)} compositions extra").mean
-    if not extra:
-        return {"place": "none", "extra": "never", "answer": f"below {short(level)}"}
-    best = min(extra, key=extra.get)
-    return {"place": "{:g}, {:g}".format(*best), "extra": f"{extra[best]:,.0f}",
-            "answer": book.say(f"{square(*best)} last accuracy test_ood")}
-
-
-def count_grafts(groups):
-    """{"parted", "parted_follow", "alike", "alike_follow"}: how many runs started with the mixing
-    of a seed whose form is another, or the same, and how many then have that seed's form."""
-    counts = Counter(parted=0, parted_follow=0, alike=0, alike_follow=0)
-    for members in groups.values():
-        forms = {run.config.seed: form_of(run) for run in members}
-        for run in members:
-            for graft in run.grafts:
-                own = forms[run.config.seed]
-                theirs = forms.get(graft["seed"])
-                result = word_of(graft)
-                if None not in (own, theirs):
-                    kind = "parted" if own != theirs else "alike"
-                    counts[kind] += 1
-                    counts[f"{kind}_follow"] += result == theirs
-    return dict(counts)
+            "store_along_hop1": np.ptp(store, axis=0).max()}
 
 
 # ---------------------------------------------------------------- one row a run
-RUN_COLUMNS = {  # column: path in the numbers of a run; all but donor_id of OOD questions
+RUN_COLUMNS = {  # column: path in the numbers of a run; all but donor_id are of OOD questions
     "preset": "config preset", "answer": "end aim test_ood as_is", "n": "end aim test_ood n",
     "seen": "end test_ood seen paper any", "chance": "end test_ood seen paper any_chance",
     "seen_entity": "end test_ood seen state entity best",
     "probe": "end test_ood present state best", "nearest_right": "end aim test_ood nearest_right",
     "own_code": "end aim test_ood own_code", "snapped": "end aim test_ood snapped",
     "donor": "end site test_ood donor", "code": "end site test_ood code",
-    "donor_id": "end site test_id donor", "n_swapped": "end site test_ood n",
+    "noise": "end site test_ood noise", "donor_id": "end site test_id donor", "n_swapped": "end site test_ood n",
     "where": "end site where", "site": "end site name", "together": "together redirected",
     "outright": "together outright", "class": "class"}
 
@@ -338,37 +247,33 @@ def redirected_by(row):
     return None
 
 
-def exceptions(rows):
-    """The runs that answer half or more, of which no swap is known to redirect .8."""
-    return [row for row in answering_half(rows) if redirected_by(row) is None]
-
-
-def count_runs(rows):
-    """{what: how many runs} that were opened, answer half, are redirected by a donor, else by
-    codes, or by neither; the same of those in which the lens sees less than half; in how many a
-    donor redirects .8 of the ID answers at the site, and of the OOD answers, too; and in how many
-    exceptions up to six sites together redirect nine tenths of what can be expected of them."""
-    half = answering_half(rows)
-    swaps = [redirected_by(row) for row in half]
-    unseen = [row for row in half if row["seen"] is not None and row["seen"] < 0.5]
-    swaps_unseen = [redirected_by(row) for row in unseen]
-    id_site = [row for row in half if row["donor_id"] is not None and row["donor_id"] >= 0.8]
-    swaps_id_site = [redirected_by(row) for row in id_site]
-    return {"opened": len(rows), "half": len(half), "used": swaps.count("donor"),
-            "coded": swaps.count("code"), "unseen": len(unseen),
-            "unseen_used": swaps_unseen.count("donor"),
-            "unseen_coded": swaps_unseen.count("code"), "unexplained": swaps.count(None),
-            "id_site": len(id_site), "no_id_site": len(half) - len(id_site),
-            "id_site_used": len(id_site) - swaps_id_site.count(None),
-            "together": sum((part_of(row) or 0) >= 0.9 for row in exceptions(rows))}
-
-
 def part_of(row):
-    """What six sites together redirect, of a row of runs.csv, by what the model answers outright;
-    None if that was not tried."""
+    """What six sites together redirect, by what the model answers outright; None if that was not
+    tried."""
     if row["together"] is None or not row["outright"]:
         return None
     return row["together"] / row["outright"]
+
+
+def count_runs(rows):
+    """{what: how many runs}: that were opened; that answer half of the OOD questions; that are
+    redirected by a donor, or else by codes; the same of those in which the lens sees less than half;
+    with a site where a donor redirects .8 of the ID answers, and of those, with OOD answers
+    redirected there, too; without one; and in which six sites together redirect nine tenths of what
+    can be expected of them."""
+    half = answering_half(rows)
+    unseen = [row for row in half if row["seen"] is not None and row["seen"] < 0.5]
+    id_site = [row for row in half if row["donor_id"] is not None and row["donor_id"] >= 0.8]
+    counts = {"opened": len(rows), "half": len(half), "unseen": len(unseen),
+              "id_site": len(id_site), "no_id_site": len(half) - len(id_site)}
+    for name, chosen in (("half", half), ("unseen", unseen), ("id_site", id_site)):
+        swaps = [redirected_by(row) for row in chosen]
+        counts[f"{name}_used"] = swaps.count("donor")
+        counts[f"{name}_coded"] = swaps.count("code")
+    exceptions = [row for row in half if redirected_by(row) is None]
+    counts["exceptions"] = len(exceptions)
+    counts["together"] = sum((part_of(row) or 0) >= 0.9 for row in exceptions)
+    return counts
 
 
 # ---------------------------------------------------------------- the book itself
@@ -379,24 +284,21 @@ class Book:
         self.runs = runs
         self.numbers = {}  # {group: [numbers of a run, ...]}
         for group, members in runs.groups.items():
+            if group in ALSO:
+                raise BadInput(f"{group}: no group of runs can have this name")
             self.numbers[group] = [numbers_of(run) for run in members]
         self.rows = rows_of(runs.groups, self.numbers)
+        counts = count_runs(self.rows)
         seconds = sum(run.history[-1].get("seconds", 0) for run in chain(*runs.groups.values()))
-        for name in ALSO:
-            if name in self.numbers:
-                raise BadInput(f"{name}: no group of runs can have this name")
+        counts["hours"] = seconds / 3600
         self.numbers["paper"] = [paper_numbers()]
         self.numbers["paper_world"] = runs.paper_world
-        self.numbers["all"] = [{"counts": {**count_runs(self.rows), **count_grafts(runs.groups),
-                                           "hours": seconds / 3600}}]
-        parts = [part_of(row) for row in exceptions(self.rows)]
-        self.numbers["apart"] = [{"part": part} for part in parts if part is not None and part < 0.9]
-        self.numbers["needed"] = [cheapest_square(self)]
-        self.numbers["derived"] = [derived_numbers(self)]
+        self.numbers["all"] = [{"counts": counts}]
+        self.numbers["map"] = [moves_of_map(self)]
         outcomes, self.predictions = predict_all(self)
         self.verdicts = {**judge_all(self), **outcomes}  # {name: word}
         for name, word in (("hold", HOLDS), ("fail", FAILS), ("open", OPEN)):
-            self.numbers["all"][0]["counts"][name] = list(outcomes.values()).count(word)
+            counts[name] = list(outcomes.values()).count(word)
 
     def cell(self, place):
         """The Cell at "GROUP PATH"."""
@@ -412,13 +314,13 @@ class Book:
 
     def say(self, words):
         """The text of the Cell at "GROUP PATH", or of a FIELD of it."""
-        place, _, name = words.rpartition(" ")
         group, _, path = words.partition(" ")
-        if not group or not path:
+        if not path:
             raise BadInput(f"template: {{value:{words}}}: is no place")
         if not self.numbers.get(group):
             return NO_RUN
         whole = self.cell(words)  # first, for a number itself may be called mean or n
+        place, _, name = words.rpartition(" ")
         if name in (*FIELDS, *IN_WORDS) and not whole.have:
             return self.cell(place).field(name)
         return whole.text()

@@ -5,9 +5,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
 from analyze import POSITIONS, name_positions, short
-from experiments.canvas import (BEA, BLUE, DORA, GREEN, ORANGE, WIDTH, Absent, set_message,
-                                write_shares)
+from experiments.canvas import BEA, BLUE, DORA, GREEN, ORANGE, WIDTH, set_message, write_shares
 from experiments.measure import read_json
+from experiments.verdicts import Missing
 from grok import PARTS, name_loops
 
 # ---------------------------------------------------------------- the task, and one swap
@@ -43,7 +43,7 @@ def dot(axes, x, y):
     axes.add_patch(Circle((x, y), 0.55, facecolor="white", edgecolor="0.3", zorder=3))
 
 
-def task(runs):
+def task(book):
     """The question as two facts; the looped model unrolled; and the swap that redirects it."""
     figure = Figure((WIDTH, 7.3))
     axes = figure.add_axes([0, 0, 1, 0.95], xlim=(0, 80), ylim=(1.5, 73))
@@ -134,34 +134,31 @@ def draw_hops(axes):
 
 
 # ---------------------------------------------------------------- the paper's own recursion
-def recursion(runs):
-    """The paper's recursion unrolled: what its lens sees after every pass, what a swap redirects
-    at every site inside."""
-    run = runs.group("trm/both_full")[0]
+def recursion(book):
+    """The paper's recursion unrolled, in one seed: what its lens sees after every pass, what a swap
+    redirects at every site inside."""
+    book.need("trm/both_full last accuracy test_ood")
+    run = book.runs.groups["trm/both_full"][0]
     measured = read_json(run.folder / "paths.json", dict).get("end")
     if measured is None:
-        raise Absent(f"no paths.json of {run.name}; analyze.py makes it")
-    used = measured["test_ood"]["used"]["other_r2"]
-    if not used["n"]:
-        raise Absent(f"no swap in {run.name} (0 queries)")
+        raise Missing(f"paths.json of {run.name}, which analyze.py makes")
+    redirected = measured["test_ood"]["used"]["other_r2"]["redirected"]
+    shares = np.stack([redirected[part] for part in PARTS], axis=1)          # (n_loops, 2, T)
+    lens = np.array(measured["test_ood"]["seen"]["state"]["bridge"]["map"])  # (n_loops, T)
     config = run.config
-    shares = np.stack([used["redirected"][part] for part in PARTS], axis=1)  # (n_loops, 2, T)
-    lens = np.array(measured["test_ood"]["seen"]["state"]["bridge"]["map"])     # (n_loops, T)
+    n_in_cycle = config.n_low + 1
     figure = Figure((WIDTH, 1.2 + 1.9 * config.n_cycles), layout="constrained")
-    passes = figure.subplots(config.n_cycles, config.n_low + 1, squeeze=False).ravel()
+    passes = figure.subplots(config.n_cycles, n_in_cycle, squeeze=False).ravel()
     for number, axes in enumerate(passes):
         loops = slice(number * config.n_blocks, (number + 1) * config.n_blocks)
         draw_pass(axes, shares[loops], lens[loops][-1].max())
-        name = name_loops(config)[loops][0].split(",")[0].replace(" pass", "\npass")
-        axes.set_title(name, fontsize=8, loc="left")
-        if number % (config.n_low + 1):
+        axes.set_title(name_pass(config, loops.start), fontsize=8, loc="left")
+        if number % n_in_cycle:
             axes.set_yticks([])
             axes.annotate("", (-0.03, 0.5), (-0.21, 0.5), xycoords="axes fraction",
                           arrowprops=dict(arrowstyle="-|>", color="0.3"))
-        else:
-            cycle = number // (config.n_low + 1) + 1
-            trains = "" if cycle == config.n_cycles else ", no gradient"
-            axes.set_ylabel(f"cycle {cycle}{trains}")
+    for cycle, axes in enumerate(passes[::n_in_cycle], 1):
+        axes.set_ylabel(f"cycle {cycle}" + (", no gradient" if cycle < config.n_cycles else ""))
     for loop, part, position in measured["site"]["sites"]:
         number, block = divmod(loop, config.n_blocks)
         corner = (block * len(PARTS) + PARTS.index(part) - 0.5, position - 0.5)
@@ -170,6 +167,11 @@ def recursion(runs):
     figure.legend(handles=recursion_key(), loc="outside lower center", ncols=2)
     set_message(figure, say_recursion(config, measured))
     return figure
+
+
+def name_pass(config, loop):
+    """"z_L\\npass 3" of the pass that a loop is in."""
+    return name_loops(config)[loop].split(",")[0].replace(" pass", "\npass")
 
 
 def recursion_key():
@@ -205,16 +207,9 @@ def draw_pass(axes, shares, seen):
 def say_recursion(config, measured):
     """The message of `recursion`."""
     lens = measured["test_ood"]["seen"]["paper"]
-    site = measured["site"]
-    names = []
-    is_read = []
-    for loop, part, _ in site["sites"]:
-        names.append(name_loops(config)[loop].split(",")[0])
-        is_read.append(part == "state" and (loop + 1) % config.n_blocks == 0)
-    place = ("after " if any(is_read) else "inside ") + " and ".join(dict.fromkeys(names))
-    seen = f"{short(lens['any'])} of the bridges (chance {short(lens['any_chance'])})"
-    swaps = site["test_ood"]
+    swaps = measured["site"]["test_ood"]
     n_map = measured["test_ood"]["used"]["other_r2"]["n"]
-    return (f"In seed {config.seed} of the paper's recursion the lens looks after every pass, and "
-            f"sees {seen} over all of them; a swap {place} redirects {short(swaps['donor'])} of "
-            f"the answers (n = {swaps['n']}; in the map {n_map})")
+    return (f"In seed {config.seed} of the paper's recursion the lens, which looks after every pass, "
+            f"sees {short(lens['any'])} of the bridges (chance {short(lens['any_chance'])}); a swap "
+            f"at the black frame redirects {short(swaps['donor'])} of the answers "
+            f"(n = {swaps['n']}; in the map {n_map})")

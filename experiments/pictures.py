@@ -4,8 +4,7 @@
     python -m experiments.pictures --only hero.png      one of them
 
 Drawings of the models are in diagrams.py, charts in charts.py; the moving picture is here. A
-picture whose runs are missing is skipped; a run that is unfinished, or was not measured, is left
-out by name.
+picture whose runs are missing is skipped; a run that is unfinished is left out by name.
 """
 import io
 import sys
@@ -23,9 +22,12 @@ if not __package__:  # started as a script, `python experiments/pictures.py`, fr
     sys.path.insert(0, str(HERE.parent))
 
 from analyze import check_writable, name_positions, short
-from data import reading
+from data import BadInput, reading
 from experiments import charts, diagrams
-from experiments.canvas import STYLE, WIDTH, Absent, Shelf
+from experiments.book import Book
+from experiments.canvas import STYLE, WIDTH
+from experiments.runs import read_runs
+from experiments.verdicts import Missing
 from grok import PARTS, Parser, command, say, write_file
 
 
@@ -35,12 +37,13 @@ MAPS = {"seen": ("what the lens sees", "Oranges"),
         "used": ("what a swap shows is used", "Blues")}
 
 
-def read_frames(runs):
+def read_frames(book):
     """What frames.npz of the filmed run holds."""
-    run = runs.group(FILMED)[0]
+    book.need(f"{FILMED} last accuracy test_ood")
+    run = book.runs.groups[FILMED][0]
     path = run.folder / "frames.npz"
     if not path.exists():
-        raise Absent(f"no frames.npz of {run.name}; experiments.measure --frames makes it")
+        raise Missing(f"frames.npz of {run.name}, which experiments.measure --frames makes")
     with reading(path), np.load(path) as saved:
         return {key: saved[key] for key in saved}
 
@@ -71,9 +74,9 @@ def scene(frames, i):
     return figure
 
 
-def moving(runs):
+def moving(book):
     """The GIF, as bytes."""
-    frames = read_frames(runs)
+    frames = read_frames(book)
     images = []
     for i in range(len(frames["step"])):
         canvas = FigureCanvasAgg(scene(frames, i))
@@ -97,23 +100,22 @@ def palette():
     return image
 
 
-def poster(runs):
+def poster(book):
     """The last frame of the moving picture."""
-    return scene(read_frames(runs), -1)
+    return scene(read_frames(book), -1)
 
 
 # ---------------------------------------------------------------- the command line
 PICTURES = {"task.png": diagrams.task, "hero.png": charts.hero, "store_aim.png": charts.store_aim,
-            "film.png": charts.film, "seen_used.png": charts.seen_used,
-            "map.png": charts.supervision, "plain_data.png": charts.plain_data,
+            "seen_used.png": charts.seen_used, "map.png": charts.supervision,
             "new_facts.png": charts.new_facts, "recursion.png": diagrams.recursion,
             "grokking.gif": moving, "grokking.png": poster}
 
 
-def draw(file, runs):
+def draw(file, book):
     """One of the PICTURES, as bytes."""
     with rc_context(STYLE):
-        drawn = PICTURES[file](runs)
+        drawn = PICTURES[file](book)
         if isinstance(drawn, Figure):
             content = io.BytesIO()
             message = drawn.get_suptitle()
@@ -124,17 +126,18 @@ def draw(file, runs):
 
 def draw_all(root, output, only=None):
     """Draw the pictures of the runs below root into the folder `output`."""
-    runs = Shelf(root)
+    book = Book(read_runs(root))
+    if not book.runs.groups:
+        raise BadInput(f"{root}: holds no finished run")
+    for reason in book.runs.left_out:
+        say(f"left out: {reason}")
     check_writable(output)
     for file in PICTURES if only is None else [only]:
-        runs.left_out.clear()
         try:
-            write_file(output / file, draw(file, runs))
+            write_file(output / file, draw(file, book))
             say((output / file).as_posix())
-        except Absent as reason:
-            say(f"{file}: skipped, {Path(root).as_posix()} holds {reason}")
-        for name, reason in runs.left_out.items():
-            say(f"  without {name}, which {reason}")
+        except Missing as place:
+            say(f"{file}: skipped, there is no {place}")
 
 
 @command("experiments.pictures")

@@ -2,10 +2,11 @@
 
 predictions.txt has them in a form that can be judged: under the name and the words of a prediction
 stand the comparisons that must all hold, each "at least LEVEL | NUMBER" or "at most LEVEL |
-NUMBER". A NUMBER is "PLACE FIELD", see book.py, or the difference of two, "PLACE FIELD - PLACE
-FIELD"; a comparison that begins with "or" may hold in place of the one above it. Where
-PREDICTIONS.md gives no level ("at chance", "does not mend"), we chose it here, afterwards.
+NUMBER". A NUMBER is "PLACE FIELD", see book.py, or reckoned from such, "A - B" or "A - B * C"; a
+comparison that begins with "or" may hold in place of the one above it. Where PREDICTIONS.md gives no
+level ("at chance", "does not mend"), we chose it here, afterwards.
 """
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,24 +45,29 @@ def read_predictions(text):
 
 
 def number_of(book, words):
-    """The number at "PLACE FIELD", or the difference of two; None if one is not there, or if
-    neither of the two ever came. What never came is later than any step."""
-    numbers = []
-    for place in words.split(" - "):
-        where, _, name = place.rpartition(" ")
-        try:
-            cell = book.need(where)
-        except Missing:
+    """The value of "A", "A - B" or "A - B * C", each "PLACE FIELD"; None if one is not there, or if
+    neither of two steps ever came. What never came is later than any step."""
+    terms = []
+    for term in words.split(" - "):
+        factors = [value_of(book, place) for place in term.split(" * ")]
+        if None in factors:
             return None
-        if name in ("mean", "least", "most"):
-            there = [value for value in cell.values if value is not None]
-            numbers.append(float({"mean": np.mean, "least": min, "most": max}[name](there)))
-        else:
-            numbers.append(getattr(cell, name))
-    if None in numbers:
+        terms.append(math.prod(factors))
+    number = terms[0] - sum(terms[1:])
+    return None if math.isnan(number) else number
+
+
+def value_of(book, words):
+    """The number at "PLACE FIELD", or None; "different" is how many values the runs have."""
+    place, _, name = words.rpartition(" ")
+    try:
+        cell = book.need(place)
+    except Missing:
         return None
-    number = numbers[0] - numbers[1] if len(numbers) == 2 else numbers[0]
-    return None if np.isnan(number) else number
+    there = [value for value in cell.values if value is not None]
+    if name in ("mean", "least", "most"):
+        return float({"mean": np.mean, "least": min, "most": max}[name](there))
+    return len(set(there)) if name == "different" else getattr(cell, name)
 
 
 def judge(comparisons, numbers):

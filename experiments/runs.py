@@ -135,6 +135,8 @@ def numbers_of(run):
                                for name, value in run.grokfast.items()}
     if run.film:
         numbers["film"] = milestones_of_film(run.film)
+    if run.grafts:  # {"from_2": what it shows with the mixing of seed 2}
+        numbers["graft"] = {f"from_{graft['seed']}": graft for graft in run.grafts}
     numbers["step"] = milestones_of(run.history)
     numbers["times_as_late"] = times_as_late(numbers["step"])
     if run.name.startswith(("small/", "long/", "map/")) and not run.config.facts:

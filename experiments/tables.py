@@ -6,28 +6,26 @@
 
 The words of a page stand in page.md or readme.md; the numbers come from here, in these places:
 
-    {value:PLACE [FIELD]}      a number of the book: "mean (least to most)", or one FIELD of it
+    {value:PLACE [FIELD]}      a number of the book: "mean (least–most)", or one FIELD of it
     {verdict:NAME}             holds, partly, differs or open (JUDGES), fails (predictions.txt)
-    {exceptions} {left_out}    a table of runs; the runs that cannot be used, and why
+    {left_out}                 the runs that cannot be used, and why
 
 and in tables a line "| = | {value:@1 PATH} | ..." is the pattern of the lines below it, each
-"| label | @ GROUP; WORD |", which stand for @1 and @2. A line without a run is left out, and a
-sentence below says so. What a PLACE is, book.py says; tables/TABLE.csv holds more than the page.
+"| label | @ GROUP; WORD |", which stand for @1 and @2. What a PLACE is, book.py says;
+tables/TABLE.csv holds more than the page.
 """
 import csv
 import io
 import re
 import sys
-import textwrap
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 if not __package__:  # started as a script, `python experiments/tables.py`, from any folder
     sys.path.insert(0, str(HERE.parent))
 
-from analyze import short
 from data import BadInput, decode, read_bytes
-from experiments.book import (FIELDS, NO_RUN, RUN_COLUMNS, Book, exceptions, part_of)
+from experiments.book import FIELDS, RUN_COLUMNS, Book
 from experiments.runs import get, read_runs
 from experiments.verdicts import JUDGES, rule_of
 from grok import Parser, command, say, write_file
@@ -35,82 +33,31 @@ from grok import Parser, command, say, write_file
 
 # ---------------------------------------------------------------- the page
 def fill(template, book):
-    """The page: the template with all its places filled."""
-    lines = fill_tables(template.splitlines(), book)
-    text = fill_places("\n".join(lines), book)
-    text = re.sub(r"\n{3,}", "\n\n", text) + "\n"
-    return re.sub(r"^\|.*", narrow, text, flags=re.MULTILINE)
-
-
-def narrow(match):
-    """A line of a table in which "1 to 2" is "1–2"."""
-    return re.sub(r"(\d) to (\.?\d)", r"\1–\2", match.group())
-
-
-def readme(book):
-    """The README of the project, its paragraphs wrapped anew now that the numbers are in."""
-    blocks = []
-    fenced = False
-    for block in fill(read_template("readme.md"), book).split("\n\n"):
-        if block.count("```") == 1:
-            fenced = not fenced
-        is_prose = not fenced and not block.startswith(("#", "|", "!", "```", "  ", "<"))
-        blocks.append(wrap(block) if is_prose else block)
-    return "\n\n".join(blocks).rstrip("\n") + "\n"
-
-
-def wrap(block):
-    """A paragraph, or a list of items that begin with "- ", in lines of 120 characters."""
-    wrapped = []
-    for item in re.split(r"\n(?=- )", block):
-        indent = "  " if item.startswith("- ") else ""
-        wrapped.append(textwrap.fill(" ".join(item.split()), 120, break_long_words=False,
-                                     break_on_hyphens=False, subsequent_indent=indent))
-    return "\n".join(wrapped)
-
-
-def fill_places(text, book):
-    """The text with its {value:...}, {verdict:...} and the like filled."""
-    def put(match):
-        kind, _, words = match.group(1).partition(":")
-        if kind == "value":
-            return book.say(words)
-        if kind == "verdict" and words in book.verdicts:
-            return book.verdicts[words]
-        if kind == "exceptions":
-            return exceptions_table(book)
-        if kind == "left_out":
-            return left_out_sentence(book.runs)
-        raise BadInput(f"template: {match.group(0)}: is no place")
-
-    return re.sub(r"\{([^{}]*)\}", put, text)
-
-
-def fill_tables(lines, book):
-    """The lines with those of tables that have a pattern, "| = | ...", written out: the places in
-    them are still to be filled."""
-    result = []
+    """The page: the template with its tables written out and all its places filled."""
+    lines = []
     pattern = None
-    left_out = []
-    for line in [*lines, ""]:
+    for line in template.splitlines():
         if line.startswith("| = |"):
             pattern = cells_of(line)[1:]
             continue
-        if pattern and not line.startswith("|"):
-            end_table(result, left_out)
+        if not line.startswith("|"):
             pattern = None
-            left_out = []
-        if pattern:
-            if len(cells_of(line)) != 2:
-                raise BadInput(f"template: {line}: is no line of a table with a pattern")
-            label, keys = cells_of(line)
-            line = f"| {' | '.join([label, *put_keys(pattern, keys)])} |"
-            places = re.findall(r"\{value:([^{}]*)\}", line)
-            if all(book.say(place) == NO_RUN for place in places):
-                left_out.append(label)
-                continue
-        result.append(line)
-    return result[:-1]
+        lines.append(line if pattern is None else fill_pattern(pattern, line))
+    return fill_places("\n".join(lines), book).rstrip() + "\n"
+
+
+def fill_pattern(pattern, line):
+    """The line "| label | @ KEY; KEY |" of a table as the pattern has it, with the keys for @1, @2,
+    ...: its places are still to be filled."""
+    if len(cells_of(line)) != 2:
+        raise BadInput(f"template: {line}: is no line of a table with a pattern")
+    label, keys = cells_of(line)
+    cells = [label]
+    for cell in pattern:
+        for number, key in enumerate(keys.removeprefix("@").split(";"), 1):
+            cell = cell.replace(f"@{number}", key.strip())
+        cells.append(cell)
+    return f"| {' | '.join(cells)} |"
 
 
 def cells_of(line):
@@ -118,43 +65,19 @@ def cells_of(line):
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
-def put_keys(pattern, keys):
-    """The cells of the pattern with @1, @2, ... replaced by those of "@ KEY; KEY"."""
-    cells = []
-    for cell in pattern:
-        for number, key in enumerate(keys.removeprefix("@").split(";"), 1):
-            cell = cell.replace(f"@{number}", key.strip())
-        cells.append(cell)
-    return cells
+def fill_places(text, book):
+    """The text with its {value:...}, {verdict:...} and {left_out} filled."""
+    def put(match):
+        kind, _, words = match.group(1).partition(":")
+        if kind == "value":
+            return book.say(words)
+        if kind == "verdict" and words in book.verdicts:
+            return book.verdicts[words]
+        if kind == "left_out":
+            return left_out_sentence(book.runs)
+        raise BadInput(f"template: {match.group(0)}: is no place")
 
-
-def end_table(lines, left_out):
-    """Add what was left out of a table; one without rows goes, with its head."""
-    if left_out and lines[-1].startswith("| ---"):
-        del lines[-2:]
-        lines.append("*No run of this table is there yet.*")
-    elif left_out:
-        lines += ["", f"*Left out, as there is no run yet: {'; '.join(left_out)}.*"]
-
-
-def exceptions_table(book, most=5):
-    """Markdown of those of the exceptions() whose six sites together redirect most."""
-    rows = exceptions(book.rows)
-    rows.sort(key=sort_key, reverse=True)
-    if not rows:
-        return "*There is none.*"
-    lines = ["| run | answers | one site redirects | six together | at most (asked outright) |",
-             "| --- | --- | --- | --- | --- |"]
-    for row in rows[:most]:
-        shown = [short(row[name]) for name in ("answer", "donor", "together", "outright")]
-        lines.append(f"| `{row['run']}` | {' | '.join(shown)} |")
-    return "\n".join(lines)
-
-
-def sort_key(row):
-    """How much of a run of runs.csv is explained."""
-    part = part_of(row)
-    return -1.0 if part is None else part
+    return re.sub(r"\{([^{}]*)\}", put, text)
 
 
 def left_out_sentence(runs):
@@ -285,7 +208,8 @@ def main(argv=None):
     if book.runs.left_out:
         print(f"experiments.tables: {left_out_sentence(book.runs)}", file=sys.stderr)
     if args.readme:
-        write_file(HERE.parent / "README.md", readme(book).encode())
+        text = fill(read_template("readme.md"), book)
+        write_file(HERE.parent / "README.md", text.encode())
     elif args.check:
         compare(files, out)
         say(f"{len(files)} files are what the runs give")

@@ -2,6 +2,7 @@
 
 A line of a table holds of every seed of a group in runs/shipped; a group, or a number, that is not
 there yet is skipped. The margins are wide, since another machine rounds otherwise."""
+import csv
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -245,6 +246,27 @@ def test_the_first_evaluation_trained_again_is_the_shipped_one(group):
     assert line["loss"] == pytest.approx(history[0]["loss"], rel=0.02)
     for split, right in line["accuracy"].items():
         assert right == pytest.approx(history[0]["accuracy"][split], abs=0.05)
+
+
+def test_ood_questions_use_the_site_of_id_questions_in_every_run_that_has_one():
+    counts = {row["path"].split()[1]: int(float(row["mean"])) for row in rows_of("counts")
+              if row["runs"] == "all"}
+    assert counts["id_site"] >= 80
+    assert counts["id_site"] == counts["id_site_used"] + counts["id_site_coded"]
+
+
+def test_the_cheapest_square_with_nine_in_ten_supervises_hop_1_and_a_quarter_of_hop_2():
+    means = {(row["runs"], row["path"]): float(row["mean"] or 0) for row in rows_of("training")}
+    extra = {group: questions for (group, path), questions in means.items()
+             if path == "compositions extra" and group.startswith(("map/", "small/"))}
+    nine = [group for group in extra if means[group, "last accuracy test_ood"] >= 0.9]
+    assert min(nine, key=extra.get) == "map/hop1_1_hop2_0.25"
+
+
+def rows_of(table):
+    """The lines of a CSV behind the results page."""
+    with open(SHIPPED / "tables" / f"{table}.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def test_what_is_shipped_is_small():

@@ -115,38 +115,6 @@ def write(tmp_path):
     return write_one, read_book
 
 
-def classes_of_data(border, wrong=()):
-    """The map of plain data: a circuit from phi `border` on, but for the wrong squares."""
-    cells = {}
-    for phi, ood in product((3, 6, 9, 12, 18), ("0.06", "0.125", "0.25")):
-        memorises = (phi < border) != ((phi, ood) in wrong)
-        group = book_module.data_square(phi, float(ood))
-        cells[f"{group} learnt memorises"] = [float(memorises)]
-        cells[f"{group} learnt circuit"] = [1.0 - memorises]
-    return Stub(cells)
-
-
-@pytest.mark.parametrize("border, wrong, number", [
-    (7, (), 0), (12, (), 0), (7, [(6, "0.25")], 1), (7, [(6, "0.06"), (12, "0.125")], 2)])
-def test_the_border_of_plain_data_is_fitted_on_other_cells_than_it_is_tested_on(border, wrong,
-                                                                               number):
-    assert book_module.border_of_data(classes_of_data(border, wrong)) == {
-        "wrong_by_border": number}
-
-
-def test_one_seed_of_another_class_counts_against_its_square():
-    book = classes_of_data(7)
-    book.cells["data/phi_9_ood_0.25 learnt circuit"] = [1.0, 0.0]
-    assert book_module.border_of_data(book) == {"wrong_by_border": 0}  # it is not held out
-    book.cells["data/phi_12_ood_0.125 learnt circuit"] = [1.0, 0.0]
-    assert book_module.border_of_data(book) == {"wrong_by_border": 1}
-
-
-def test_without_a_cell_on_either_side_there_is_no_border():
-    with pytest.raises(verdicts.Missing):
-        book_module.border_of_data(classes_of_data(3))
-
-
 def test_the_class_of_every_run_of_a_square_counts(write):
     write_one, read_book = write
     square = config_of(["--preset", "small", "--phi", "6", "--ood-fraction", "0.06"])
@@ -159,17 +127,13 @@ def test_the_class_of_every_run_of_a_square_counts(write):
     assert book.say("data/phi_6_ood_0.06 class") == "an ID circuit (1), between these (1)"
 
 
-def test_grafts_are_counted_by_whether_the_two_seeds_differ_in_form(write):
+def test_a_graft_is_told_by_the_seed_that_it_came_from(write):
     write_one, read_book = write
-    grafts = {0: [{"seed": 1, "first": 0.9, "last": 0.0}, {"seed": 2, "first": 0.0, "last": 0.9}],
-              2: [{"seed": 0, "first": 0.25, "last": 0.5}]}
-    for seed, entity in enumerate((0.75, 0.75, 0.0)):
-        write_one(f"small/both_full/seed{seed}", grafts=grafts.get(seed),
-                  inside=inside_of(entity=entity, last=0.75 - entity))
+    write_one("small/both_full/seed0", grafts=[{"seed": 2, "first": 0.0, "last": 0.75}])
+    write_one("small/both_full/seed2", grafts=[{"seed": 0, "first": 0.25, "last": 0.5}])
     book = read_book()
-    said = [book.say(f"all counts {name}")
-            for name in ("alike", "alike_follow", "parted", "parted_follow")]
-    assert said == ["1", "1", "2", "1"]
+    assert book.say("small/both_full graft from_2 last each") == ".75, –"
+    assert book.say("small/both_full graft from_0 first mean") == ".25"
     outcomes, _ = predictions.predict_all(book)
     assert outcomes["graft"] == "fails"
 
@@ -203,7 +167,7 @@ def test_page_and_tables_are_what_the_shipped_runs_give():
 
 def test_readme_is_what_its_template_and_the_shipped_runs_give():
     book = Book(read_runs(SHIPPED))
-    wanted = tables.readme(book)
+    wanted = tables.fill(tables.read_template("readme.md"), book)
     assert (ROOT / "README.md").read_text(encoding="utf-8") == wanted
     assert "no run yet" not in wanted.partition("## The paper's claims")[0]
 
@@ -244,17 +208,14 @@ def test_with_every_run_of_the_plan_no_place_of_the_page_is_empty(whole):
     for text in (page, (SHIPPED / "README.md").read_text(encoding="utf-8")):
         words = [word for word in text.split() if re.search("[A-Za-z0-9]", word)]
         assert len(words) <= 4000  # numbers count, the lines of tables do not
-    verdicts_there = tables.readme(book).partition("| claim |")[2].partition("\n\n")[0]
+    readme = tables.fill(tables.read_template("readme.md"), book)
+    verdicts_there = readme.partition("| claim |")[2].partition("\n\n")[0]
     for lacking in ("no run yet", "not measured", "open |", "{", "}"):
         assert lacking not in verdicts_there, lacking
 
 
-TRAINING_CSV_ALONE = {"small/both_half", "search/steps_3000_decay_0.5",
-                      "search/steps_4500_batch_128", "dial/trm_one_block_both_full"}
-
-
-def test_every_group_of_the_plan_is_read_somewhere(whole, monkeypatch):
-    """By page or README, by a prediction, a notebook or a map; else training.csv alone has it."""
+def test_every_run_of_the_plan_is_read_somewhere(whole, monkeypatch):
+    """By page, README, a notebook or a map."""
     book = whole[2]
     read = set()
     look = Book.cell
@@ -266,11 +227,11 @@ def test_every_group_of_the_plan_is_read_somewhere(whole, monkeypatch):
     monkeypatch.setattr(Book, "cell", note)
     for template in ("page.md", "readme.md"):
         tables.fill(tables.read_template(template), book)
-    for file in (predictions.TEXT, ROOT / "tutorial.ipynb", ROOT / "experiments/further.ipynb"):
+    for file in (ROOT / "tutorial.ipynb", ROOT / "experiments/further.ipynb"):
         read.update(re.findall(r"[\w./]+", file.read_text(encoding="utf-8")))
     unread = {group for group in book.runs.groups
-              if group not in read and not group.startswith(("map/", "data/"))}
-    assert unread <= TRAINING_CSV_ALONE
+              if group not in read and not group.startswith("map/")}
+    assert not unread
 
 
 def test_a_reader_meets_no_table_of_over_five_columns_or_eight_rows(whole):
@@ -314,16 +275,13 @@ def test_no_number_of_ours_stands_in_the_words_of_the_page():
     assert shares <= levels | {".1", ".21", ".8", ".9", ".95", ".99"}
 
 
-def test_rows_without_a_run_are_left_out_by_name(write):
+def test_a_row_without_a_run_says_so(write):
     write_one, read_book = write
     write_one("small/natural/seed0", shares={"test_ood": 0.375})
     lines = ["| run | answered |", "| --- | --- |", "| = | {value:@1 last accuracy test_ood} |",
              "| ours | @ small/natural |", "| theirs | @ trm/natural |", "", "after"]
     filled = tables.fill("\n".join(lines), read_book())
-    assert "| ours | .38 |" in filled and "| theirs" not in filled
-    assert "*Left out, as there is no run yet: theirs.*" in filled and filled.endswith("after\n")
-    filled = tables.fill("\n".join([*lines[:3], *lines[4:]]), read_book())
-    assert "| run" not in filled and "No run of this table is there yet" in filled
+    assert "| ours | .38 |\n| theirs | *no run yet* |\n\nafter\n" in filled
 
 
 @pytest.mark.parametrize("place", ["{value:small/natural}", "{value:}", "{verdict:nothing}",
@@ -400,7 +358,7 @@ def test_what_was_not_measured_is_never_zero(write):
     write_one("small/both_full/seed0")
     book = read_book()
     swap = "end site test_ood donor"
-    assert book.say(f"small/natural {swap}") == "*not measured* (0 queries)"
+    assert book.say(f"small/natural {swap}") == "*not measured*, n = 0"
     assert book.say("small/natural end aim test_ood own_code") == ".88 (1 not measured)"
     assert book.say(f"small/both_full {swap}") == "*not measured*"
     assert book.say(f"trm/both_full {swap}") == "*no run yet*"
@@ -421,17 +379,17 @@ def test_an_empty_folder_and_none_are_refused(tmp_path, capsys):
 
 # ---------------------------------------------------------------- cells
 @pytest.mark.parametrize("cell, text", [
-    (Cell([0.5, 0.25, 0.75]), ".50 (.25 to .75)"),
+    (Cell([0.5, 0.25, 0.75]), ".50 (.25–.75)"),
     (Cell([1.0, 1.0]), "1.00"),
     (Cell([0.5]), ".50"),
     (Cell([-0.125]), "-.12"),
     (Cell([0.5, None]), ".50 (1 not measured)"),
-    (Cell([0.5, 0.25], n=30), ".38 (.25 to .50), n = 30"),
-    (Cell([0.5, 0.25], n=100), ".38 (.25 to .50)"),
-    (Cell([1000, 3000, NEVER], "steps"), "2,000 (1,000 to 3,000; 1 never)"),
+    (Cell([0.5, 0.25], n=30), ".38 (.25–.50), n = 30"),
+    (Cell([0.5, 0.25], n=100), ".38 (.25–.50)"),
+    (Cell([1000, 3000, NEVER], "steps"), "2,000 (1,000–3,000; 1 never)"),
     (Cell([1000, NEVER, None], "steps"), "1,000 (1 never; 1 not measured)"),
     (Cell([NEVER, NEVER], "steps"), "never"),
-    (Cell([2.0, 4.0], "ratio"), "3.0 (2.0 to 4.0)"),
+    (Cell([2.0, 4.0], "ratio"), "3.0 (2.0–4.0)"),
     (Cell([4939], "count"), "4,939"),
     (Cell(["106k"], "text"), "106k"),
     (Cell(["a", "b", "a"], "text"), "a (2), b (1)"),
@@ -547,17 +505,12 @@ def test_the_exceptions_are_those_that_answer_half_and_are_not_redirected(write)
         together = [{"redirected": 0.45, "outright": 0.5}] if seed == 0 else None
         write_one(f"small/natural/seed{seed}", inside=inside, together=together)
     book = read_book()
-    names = [row["run"][-5:] for row in book_module.exceptions(book.rows)]
-    parts = [book_module.part_of(row) for row in book_module.exceptions(book.rows)]
-    assert parts == [0.9, None]
-    assert names == ["seed0", "seed3"]
-    counts = [book.say(f"all counts {name}") for name in ("opened", "half", "used", "coded", "unseen")]
-    assert counts == ["5", "4", "1", "1", "4"]
-    parts = [book.say(f"all counts {name}") for name in
-             ("unseen_used", "unseen_coded", "unexplained", "id_site", "id_site_used")]
-    assert parts == ["1", "1", "2", "1", "1"]
-    assert "| `small/natural/seed0` | .50 | .75 | .45 | .50 |" in tables.exceptions_table(book)
-    assert book.say("all counts together") == "1" and book.say("apart part") == "*no run yet*"
+    counted = {"opened": 5, "half": 4, "half_used": 1, "half_coded": 1, "unseen": 4,
+               "unseen_used": 1, "unseen_coded": 1, "exceptions": 2, "id_site": 1, "no_id_site": 3,
+               "id_site_used": 1, "id_site_coded": 0, "together": 1}
+    for name, count in counted.items():
+        assert book.say(f"all counts {name}") == str(count), name
+    assert [book_module.part_of(row) for row in book.rows] == [0.9, None, None, None, None]
 
 
 # ---------------------------------------------------------------- verdicts
@@ -666,23 +619,20 @@ def test_a_verdict_names_both_models_where_they_differ():
     assert verdicts.combine("holds", "open") == "holds in `small`, open in `trm`"
 
 
-def test_predictions_of_the_map_are_judged_by_their_number():
-    cells = {}
+def test_the_map_moves_by_the_largest_step_along_a_row_or_a_column(write):
+    write_one, read_book = write
     for hop1, hop2 in product(book_module.SHARES, repeat=2):
-        group = book_module.square(hop1, hop2)
-        right = 0.95 if hop2 == 1 or min(hop1, hop2) >= 0.75 else 0.0
-        cells[f"{group} end aim test_ood as_is"] = [right]
-        cells[f"{group} end aim test_ood nearest_right"] = [
-            hop1 + (0.25 * hop2 if hop1 == 0.5 else 0)]
-        cells[f"{group} end aim test_ood own_code"] = [hop2]
-    book = Stub(cells)
-    assert book_module.derived_numbers(book) == pytest.approx({
-        "aim_along_hop2": 0.25, "store_along_hop1": 0, "answer_above_product": 0,
-        "nine_with_less": 0})
-    cells["map/hop1_0.25_hop2_0.75 end aim test_ood as_is"] = [0.9]
-    assert book_module.derived_numbers(Stub(cells))["nine_with_less"] == 1
+        aim = hop1 + (0.25 * hop2 if hop1 == 0.5 else 0)
+        config = config_of(["--preset", "small", "--hop1", str(hop1), "--hop2", str(hop2)])
+        write_one(f"{book_module.square(hop1, hop2)}/seed0", config=config,
+                  inside=inside_of(nearest_right=aim, own_code=hop2))
+    book = read_book()
+    assert book_module.moves_of_map(book) == {"aim_along_hop2": 0.25, "store_along_hop1": 0}
+    assert book.say("map aim_along_hop2") == ".25"
     outcomes, _ = predictions.predict_all(book)
-    assert outcomes["exposed_skill"] == verdicts.judge_all(book)["fake"] == "open"
+    assert (outcomes["map_aim"], outcomes["map_store"]) == ("fails", "holds")
+    book.numbers.pop("map/hop1_0.5_hop2_0.5")
+    assert book_module.moves_of_map(book) == {}
 
 
 PREDICTED = """# a heading
@@ -716,7 +666,8 @@ def test_a_prediction_holds_if_all_its_comparisons_do(monkeypatch, tmp_path, fir
     ("some step mean", NEVER), ("some step most", NEVER), ("some step least", 100),
     ("some step without", 1), ("none step mean", NEVER),
     ("none step least - all step mean", NEVER), ("all step mean - some step mean", -NEVER),
-    ("some step mean - none step mean", None), ("half share mean", 0.5)])
+    ("some step mean - none step mean", None), ("half share mean", 0.5),
+    ("all step least - half share mean * half share mean", 99.75), ("all step different", 2)])
 def test_what_never_came_is_later_than_any_step(words, number):
     book = Stub({"all step": [100, 200], "some step": [100, NEVER], "none step": [NEVER, NEVER],
                  "half share": [0.5, None]})
@@ -744,26 +695,10 @@ def test_every_prediction_can_be_judged():
         assert said and comparisons and not comparisons[0].is_alternative
         for comparison in comparisons:
             assert comparison.rule in ("at least", "at most")
-            for place in comparison.number.split(" - "):
+            for place in re.split(" [-*] ", comparison.number):
                 group, *path, field = place.split()
-                assert group in {*plan, "all", "derived"} and path, place
-                assert field in book_module.FIELDS
-
-
-def test_the_fewest_extra_compositions_for_nine_answers_in_ten(monkeypatch, write):
-    write_one, read_book = write
-    monkeypatch.setattr(runs_module, "count_compositions", lambda config: {
-        "all": 0, "extra": 1000 * config.hop1 + 2000 * config.hop2})
-    for hop1, hop2 in product(book_module.SHARES, repeat=2):
-        shares = ["--hop1", str(hop1), "--hop2", str(hop2)]
-        right = 0.95 if hop1 == 1 or hop2 >= 0.75 else 0.5
-        write_one(f"{book_module.square(hop1, hop2)}/seed0", shares={"test_ood": right},
-                  config=config_of(["--preset", "small", *shares]))
-    book = read_book()
-    needed = [book.say(f"needed {name}") for name in ("place", "extra", "answer")]
-    assert needed == ["1, 0", "1,000", ".95"]
-    book.numbers.pop("map/hop1_0.5_hop2_0.5")
-    assert book_module.cheapest_square(book) == {}
+                assert group in {*plan, "map"} and path, place
+                assert field in (*book_module.FIELDS, "different")
 
 
 # ---------------------------------------------------------------- the command
