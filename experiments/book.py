@@ -216,7 +216,8 @@ RUN_COLUMNS = {  # column: path in the numbers of a run; all but donor_id are of
     "probe": "end test_ood present state best", "nearest_right": "end aim test_ood nearest_right",
     "own_code": "end aim test_ood own_code", "snapped": "end aim test_ood snapped",
     "donor": "end site test_ood donor", "code": "end site test_ood code",
-    "noise": "end site test_ood noise", "donor_id": "end site test_id donor", "n_swapped": "end site test_ood n",
+    "noise": "end site test_ood noise", "donor_id": "end site test_id donor",
+    "n_swapped": "end site test_ood n",
     "where": "end site where", "site": "end site name", "together": "together redirected",
     "outright": "together outright", "class": "class"}
 
@@ -256,11 +257,11 @@ def part_of(row):
 
 
 def count_runs(rows):
-    """{what: how many runs}: that were opened; that answer half of the OOD questions; that are
-    redirected by a donor, or else by codes; the same of those in which the lens sees less than half;
-    with a site where a donor redirects .8 of the ID answers, and of those, with OOD answers
-    redirected there, too; without one; and in which six sites together redirect nine tenths of what
-    can be expected of them."""
+    """{what: how many runs}: that were opened; of these, that answer half of the OOD questions; of
+    these, in which the lens sees less than half, or with a site where a donor redirects .8 of the ID
+    answers (id_site), or without; of all three, redirected by a donor (used), else by codes (coded);
+    redirected by neither (exceptions); and of those, in which six sites together redirect nine
+    tenths of what can be expected of them."""
     half = answering_half(rows)
     unseen = [row for row in half if row["seen"] is not None and row["seen"] < 0.5]
     id_site = [row for row in half if row["donor_id"] is not None and row["donor_id"] >= 0.8]

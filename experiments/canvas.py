@@ -5,7 +5,6 @@ All pictures are 8 inches wide, with text of 8 points or more: they are shown at
 from textwrap import wrap
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from analyze import short
 

@@ -15,15 +15,16 @@ from experiments.verdicts import Missing
 
 
 # ---------------------------------------------------------------- it groks
-GROKS = ("It has fitted its training at step {value:tiny/natural step fit mean}; nine in ten pairs of "
-         "OOD facts come right at step {value:tiny/natural step answer_.9 mean}")
+GROKS = (
+    "It has fitted its training at step {value:tiny/natural step fit mean}; nine in ten pairs of OOD "
+    "facts come right at step {value:tiny/natural step answer_.9 mean}")
 CURVES = {"train_inferred": ("training", GREY), "test_id": ("unseen, of\nID facts", SKY),
           "test_ood": ("unseen, of\nOOD facts", BLUE)}
 
 
 def hero(book):
-    """Training, unseen ID and unseen OOD questions of `tiny` along training: a thin line a seed, and
-    their mean."""
+    """Training, unseen ID and unseen OOD questions of `tiny` along training: a thin line a seed,
+    and their mean."""
     fit = book.need("tiny/natural step fit")
     answered = book.need("tiny/natural step answer_.9")
     figure = Figure((WIDTH, 3.8), layout="constrained")
@@ -71,8 +72,8 @@ STORES_AND_AIMS = (
     "{value:small/natural fit aim test_ood own_code mean} to "
     "{value:small/natural end aim test_ood own_code mean} and the aim of hop 1 from "
     "{value:small/natural fit aim test_ood nearest_right mean} to "
-    "{value:small/natural end aim test_ood nearest_right mean}; the seeds of trm end with a store of "
-    "{value:trm/natural end aim test_ood own_code each} and an aim of "
+    "{value:small/natural end aim test_ood nearest_right mean}; the seeds of trm end with a store "
+    "of {value:trm/natural end aim test_ood own_code each} and an aim of "
     "{value:trm/natural end aim test_ood nearest_right each}")
 LEVELS = {"as_is": ("answered as it is", BLUE),  # of analyze.aim_and_store
           "snapped": ("more, with the nearest code in its place", SKY),
@@ -217,15 +218,15 @@ OLD_MLP = {0: "tune/long_natural_end", 0.25: "exposed/natural_end_0.25_4",  # {s
            0.5: "exposed/natural_end_0.5_4"}
 NEW_MLP = {0: "tune/natural_new_mlp", 0.5: "exposed/natural_new_mlp_0.5_4"}
 SERVE = (
-    f"New facts serve as hop 1 in {{value:{OLD_MLP[0]} 2000 accuracy new_old mean}}, with half of "
-    f"them exposed in {{value:{OLD_MLP[0.5]} 2000 accuracy new_old mean}}, with the MLP drawn afresh "
-    f"in {{value:{NEW_MLP[0]} 2000 accuracy new_old mean}}; as hop 2 in "
-    f"{{value:{OLD_MLP[0]} 2000 accuracy old_new mean}}, "
-    f"{{value:{OLD_MLP[0.5]} 2000 accuracy old_new mean}}, "
-    f"{{value:{NEW_MLP[0]} 2000 accuracy old_new mean}}; two of them are chained in "
-    f"{{value:{OLD_MLP[0]} 2000 accuracy new_new mean}}, "
-    f"{{value:{OLD_MLP[0.5]} 2000 accuracy new_new mean}}, "
-    f"{{value:{NEW_MLP[0]} 2000 accuracy new_new mean}}")
+    "New facts serve as hop 1 in {value:tune/long_natural_end 2000 accuracy new_old mean}, with half "
+    "of them exposed in {value:exposed/natural_end_0.5_4 2000 accuracy new_old mean}, with the MLP "
+    "drawn afresh in {value:tune/natural_new_mlp 2000 accuracy new_old mean}; as hop 2 in "
+    "{value:tune/long_natural_end 2000 accuracy old_new mean}, "
+    "{value:exposed/natural_end_0.5_4 2000 accuracy old_new mean}, "
+    "{value:tune/natural_new_mlp 2000 accuracy old_new mean}; two of them are chained in "
+    "{value:tune/long_natural_end 2000 accuracy new_new mean}, "
+    "{value:exposed/natural_end_0.5_4 2000 accuracy new_new mean}, "
+    "{value:tune/natural_new_mlp 2000 accuracy new_new mean}")
 SERVED = {"new_old": ("new fact as hop 1", INDIGO), "old_new": ("new fact as hop 2", WINE),
           "new_new": ("both new", SAND)}
 

@@ -209,7 +209,7 @@ def say_recursion(config, measured):
     lens = measured["test_ood"]["seen"]["paper"]
     swaps = measured["site"]["test_ood"]
     n_map = measured["test_ood"]["used"]["other_r2"]["n"]
-    return (f"In seed {config.seed} of the paper's recursion the lens, which looks after every pass, "
-            f"sees {short(lens['any'])} of the bridges (chance {short(lens['any_chance'])}); a swap "
-            f"at the black frame redirects {short(swaps['donor'])} of the answers "
-            f"(n = {swaps['n']}; in the map {n_map})")
+    seen = f"{short(lens['any'])} of the bridges (chance {short(lens['any_chance'])})"
+    return (f"In seed {config.seed} of the paper's recursion the lens, which looks after every "
+            f"pass, sees {seen}; a swap at the black frame redirects {short(swaps['donor'])} of the "
+            f"answers (n = {swaps['n']}; in the map {n_map})")

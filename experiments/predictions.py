@@ -3,8 +3,8 @@
 predictions.txt has them in a form that can be judged: under the name and the words of a prediction
 stand the comparisons that must all hold, each "at least LEVEL | NUMBER" or "at most LEVEL |
 NUMBER". A NUMBER is "PLACE FIELD", see book.py, or reckoned from such, "A - B" or "A - B * C"; a
-comparison that begins with "or" may hold in place of the one above it. Where PREDICTIONS.md gives no
-level ("at chance", "does not mend"), we chose it here, afterwards.
+comparison that begins with "or" may hold in place of the one above it. Where PREDICTIONS.md gives
+no level ("at chance", "does not mend"), we chose it here, afterwards.
 """
 import math
 from dataclasses import dataclass

@@ -180,8 +180,8 @@ def compare(files, out):
     stale += [path.relative_to(out).as_posix() for path in sorted(out.glob("tables/*"))
               if path.relative_to(out).as_posix() not in files]
     if stale:
-        raise BadInput(f"{out}: {', '.join(stale)}: not what the runs give; the same command without "
-                       "--check writes its files anew")
+        raise BadInput(f"{out}: {', '.join(stale)}: not what the runs give; the same command "
+                       "without --check writes its files anew")
 
 
 def parse(argv=None):

@@ -3,8 +3,10 @@
 A verdict is computed from the Cells of a Book (experiments/book.py), once for `small` and once for
 `trm`. The second paragraph of a function's docstring is its rule, which verdicts.csv repeats:
 
-    holds    as the paper says     partly  with another instrument, in some runs, at one of two times
-    differs  not so                open    a run or a measurement is missing, or decides nothing
+    holds    as the paper says
+    partly   with another instrument, in some of the runs, or at one of two times
+    differs  not so
+    open     a run or a measurement is missing, or decides nothing
 """
 import inspect
 import math

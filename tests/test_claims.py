@@ -29,7 +29,7 @@ CLAIMS = [  # group, stage, number, least, most
     ("tiny/own_blocks_last_loop", "end", "accuracy test_ood", 0, 0.15),
     ("tiny/own_blocks_last_loop", "end", "aim test_ood own_code", 0.8, 1),
     ("tiny/own_blocks_last_loop", "end", "aim test_ood nearest_right", 0, 0.3),
-    # It lacks hop 1: an OOD fact serves as hop 2 alone, though the lens finds the bridge in the end.
+    # It lacks hop 1: an OOD fact serves as hop 2 alone, though the lens finds the bridge at last.
     ("tiny/own_blocks_last_loop", "end", "aim test_id_ood as_is", 0.9, 1),
     ("tiny/own_blocks_last_loop", "end", "aim test_ood_id as_is", 0, 0.2),
     ("tiny/own_blocks_last_loop", "end", "lens test_ood any", 0.95, 1),

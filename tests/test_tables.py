@@ -314,7 +314,8 @@ def test_an_unfinished_run_is_left_out_by_name_and_never_averaged(write, tmp_pat
 
 
 @pytest.mark.parametrize("damage, reason", [
-    ({"end": []}, "end is no dict"), ({"end": {"aim": {"test_ood": {"n": "500"}}}}, "test_ood n is"),
+    ({"end": []}, "end is no dict"),
+    ({"end": {"aim": {"test_ood": {"n": "500"}}}}, "test_ood n is"),
     ({"end": {"aim": {"test_ood": {"as_is": float("nan")}}}}, "as_is is nan")])
 def test_a_measurement_that_is_no_number_leaves_its_run_out_by_name(write, damage, reason):
     write_one, read_book = write

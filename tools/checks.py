@@ -139,8 +139,8 @@ def map_point(guess, trainer):
         return verdict(False, "", f"train {MAP_STEPS:,} steps, then call measure()")
     answer = trainer.history[-1]["accuracy"]["test_ood"]
     miss = abs(answer - number.item())
-    verdict(True, f"you guessed {number.item():.2f}, your run answers {answer:.2f}, {miss:.2f} away. "
-            "What did you misjudge: the aim, the store, or how far seeds differ?", "")
+    verdict(True, f"you guessed {number.item():.2f}, your run answers {answer:.2f}, {miss:.2f} "
+            "away. What did you misjudge: the aim, the store, or how far seeds differ?", "")
 
 
 def loops(right, fewest):
