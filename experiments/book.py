@@ -1,4 +1,4 @@
-"""Every number of README and results page: a place in the files of the runs.
+"""Every number of README, results page and pictures: a place in the files of the runs.
 
 A place is a group of runs and a path in their files, as the files spell it:
 
@@ -8,10 +8,11 @@ A place is a group of runs and a path in their files, as the files spell it:
     small/natural config steps                config.json
     small/natural step answer_.9              first evaluation with .9 answered, see MILESTONES
 
-A group is the runs that differ in their seed alone; it is named after its folder. What is found at
-a place in all of them is a Cell. A few more groups are no runs: those of ALSO.
+A group is the runs that differ in their seed alone; it is named after its folder. What stands at a
+place in all of them is a Cell. A few more groups are no runs: those of NO_RUNS.
 """
 import csv
+import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
@@ -29,89 +30,90 @@ FEW = 100  # queries; a number that rests on fewer says on how many
 PAPER = Path(__file__).with_name("paper.csv")
 NO_RUN = "*no run yet*"
 NOT_MEASURED = "*not measured*"
-FIELDS = ("mean", "least", "most", "n", "chance", "seeds", "without")  # the numbers of a Cell
+FIELDS = ("mean", "least", "most", "n", "chance", "seeds")  # the numbers of a Cell
 IN_WORDS = ("with_chance", "each")  # its text and its chance level; all values ("–": none)
-ALSO = {"paper": "the numbers of the paper, paper.csv", "paper_world": "see paper_world.py",
-        "all": "counts over all runs", "map": "how far the map of supervision moves"}
+NO_RUNS = {"paper": "the numbers of the paper, paper.csv", "paper_world": "see paper_world.py",
+           "all": "counts over all runs", "map": "how far the map of supervision moves"}
 
 
 # ---------------------------------------------------------------- one number of a group of runs
 @dataclass(frozen=True)
 class Cell:
     """What stands at a place in each run of a group: None if it was not measured, NEVER of a step
-    that was not reached."""
+    that was not reached, which is later than any step."""
     values: list
-    kind: str = "share"   # or "steps", "ratio", "count", "text"
     n: int = None         # queries that it rests on, of all runs together
     chance: float = None
 
     @property
-    def have(self):
-        return [value for value in self.values if value not in (None, NEVER)]
-
-    @property
-    def mean(self):
-        return float(np.mean(self.have)) if self.have else None
-
-    @property
-    def least(self):
-        return min(self.have, default=None)
-
-    @property
-    def most(self):
-        return max(self.have, default=None)
+    def measured(self):
+        """Without those that were not."""
+        return [value for value in self.values if value is not None]
 
     @property
     def seeds(self):
-        return len(self.have)
+        """How many runs were measured."""
+        return len(self.measured)
 
     @property
-    def without(self):
-        return len(self.values) - len(self.have)
+    def mean(self):
+        """The mean over runs; NEVER if one of them is, None if nothing was measured."""
+        return float(np.mean(self.measured)) if self.measured else None
 
-    def show(self, value):
-        """One value as a reader meets it."""
-        if value is None:
-            return NOT_MEASURED
-        if value == NEVER:
-            return "never"
-        if self.kind == "text":
-            return value
-        if self.kind == "share":
-            return short(value) if value >= 0 else f"-{short(-value)}"
-        if self.kind == "ratio":
-            return f"{value:.1f}"
-        return f"{value:,.0f}" if value >= 1 else f"{value:g}"
+    @property
+    def least(self):
+        """The least of all runs."""
+        return min(self.measured, default=None)
+
+    @property
+    def most(self):
+        """The most of all runs."""
+        return max(self.measured, default=None)
 
     def text(self):
-        """"mean (least–most)", and what is lacking."""
-        if self.kind == "text":
-            return counted(self.have)
+        """"mean (least–most)", of what came; and what is lacking."""
+        if any(isinstance(value, str) for value in self.values):
+            return counted(self.measured)
+        came = Cell([value for value in self.measured if value != NEVER])
+        few = f", n = {self.n}" if self.n is not None and self.n < FEW else ""
+        if not came.values:
+            return show(self.least) + few
+        said = show(came.least)
         notes = []
-        if self.show(self.least) != self.show(self.most):
-            notes.append(f"{self.show(self.least)}–{self.show(self.most)}")
-        for lacking in (NEVER, None):
-            if self.have and lacking in self.values:
-                shown = self.show(lacking).strip("*")
-                notes.append(f"{self.values.count(lacking)} {shown}")
-        said = self.show(NEVER if not self.have and NEVER in self.values else self.mean)
+        if show(came.least) != show(came.most):
+            said = show(came.mean)
+            notes.append(f"{show(came.least)}–{show(came.most)}")
+        for lacking, words in ((NEVER, "never"), (None, "not measured")):
+            if lacking in self.values:
+                notes.append(f"{self.values.count(lacking)} {words}")
         if notes:
             said += f" ({'; '.join(notes)})"
-        return f"{said}, n = {self.n}" if self.n is not None and self.n < FEW else said
+        return said + few
 
     def field(self, name):
         """One of FIELDS or IN_WORDS, as a reader meets it."""
         if name == "each":
-            return ", ".join("–" if value is None else self.show(value) for value in self.values)
-        if self.kind == "text":
+            return ", ".join("–" if value is None else show(value) for value in self.values)
+        if any(isinstance(value, str) for value in self.values):
             raise BadInput(f"template: {self.text()}: are words, and have no {name}")
         if name == "with_chance":
-            return f"{self.text()}, chance {self.show(self.chance)}"
-        if name == "mean" and NEVER in self.values:
-            return self.text()  # a mean of those that came would mislead
-        value = getattr(self, name)
-        is_size = name in ("n", "seeds", "without") and value is not None
-        return f"{value:,}" if is_size else self.show(value)
+            return f"{self.text()}, chance {show(self.chance)}"
+        if name == "mean" and self.mean == NEVER:
+            return self.text()
+        return show(getattr(self, name))
+
+
+def show(value):
+    """A value as a reader meets it: a share is .14, a ratio 3.8, a step or a count 1,400."""
+    if value is None:
+        return NOT_MEASURED
+    if value == NEVER:
+        return "never"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) or value >= 100:
+        return f"{value:,.0f}"
+    return short(value) if value <= 1 else f"{value:.1f}"
 
 
 def counted(words):
@@ -123,26 +125,15 @@ def counted(words):
 
 
 # ---------------------------------------------------------------- a place
-KINDS = {"step": "steps", "film": "steps", "grokfast": "steps", "times_as_late": "ratio",
-         "config": "count", "compositions": "count", "counts": "count"}  # by the first word
-
-
 def cell_at(group, path):
     """The Cell at a path in the numbers of some runs. The queries and the chance level that it
     rests on stand beside it in the file."""
     values = [get(numbers, path) for numbers in group]
     if any(isinstance(value, (dict, list)) for value in values):
         raise BadInput(f"template: {path or 'a group alone'}: is no number")
-    sizes = Cell([size_at(numbers, path) for numbers in group]).have
+    sizes = Cell([size_at(numbers, path) for numbers in group]).measured
     chance = Cell([chance_at(numbers, path) for numbers in group]).mean
-    return Cell(values, kind_of(path, values), sum(sizes) if sizes else None, chance)
-
-
-def kind_of(path, values):
-    """The kind of a Cell."""
-    if any(isinstance(value, str) for value in values):
-        return "text"
-    return "share" if path == "grokfast answer" else KINDS.get(path.split()[0], "share")
+    return Cell(values, sum(sizes) if sizes else None, chance)
 
 
 WITH_OWN_N = ("others_swapped", "same_bridge", "mixed_donors")
@@ -223,7 +214,8 @@ RUN_COLUMNS = {  # column: path in the numbers of a run; all but donor_id are of
 
 
 def rows_of(groups, numbers):
-    """One dict a run in an old world that was looked into: its name and the RUN_COLUMNS."""
+    """One dict a run in an old world that was looked into: its name, the RUN_COLUMNS, and which
+    swap redirects it."""
     rows = []
     for group, members in groups.items():
         for run, its_numbers in zip(members, numbers[group]):
@@ -231,8 +223,18 @@ def rows_of(groups, numbers):
                 row = {"run": run.name}
                 for column, path in RUN_COLUMNS.items():
                     row[column] = get(its_numbers, path)
+                row["redirected_by"] = redirected_by(row)
                 rows.append(row)
     return rows
+
+
+def redirected_by(row):
+    """Which swap redirects .8 of the right OOD answers of a run: "donor", else "code", else
+    "none"."""
+    for swap in ("donor", "code"):
+        if row[swap] is not None and row[swap] >= 0.8:
+            return swap
+    return "none"
 
 
 def answering_half(rows):
@@ -240,40 +242,27 @@ def answering_half(rows):
     return [row for row in rows if row["answer"] is not None and row["answer"] >= 0.5]
 
 
-def redirected_by(row):
-    """Which swap redirects .8 of the right answers of a run: "donor", else "code", else None."""
-    for swap in ("donor", "code"):
-        if row[swap] is not None and row[swap] >= 0.8:
-            return swap
-    return None
-
-
-def part_of(row):
-    """What six sites together redirect, by what the model answers outright; None if that was not
-    tried."""
-    if row["together"] is None or not row["outright"]:
-        return None
-    return row["together"] / row["outright"]
-
-
 def count_runs(rows):
-    """{what: how many runs}: that were opened; of these, that answer half of the OOD questions; of
-    these, in which the lens sees less than half, or with a site where a donor redirects .8 of the ID
-    answers (id_site), or without; of all three, redirected by a donor (used), else by codes (coded);
-    redirected by neither (exceptions); and of those, in which six sites together redirect nine
-    tenths of what can be expected of them."""
+    """{what: how many runs}: "opened"; of these, "half": that answer half of the OOD questions; of
+    these, "unseen": in which the lens sees less than half; "id_site": with a site where a donor
+    redirects .8 of the ID answers, "no_id_site": without; of each, redirected by "donor", by "code"
+    or by "none"; and of the last, "together": in which six sites redirect nine tenths of what the
+    model answers when it is asked outright."""
     half = answering_half(rows)
-    unseen = [row for row in half if row["seen"] is not None and row["seen"] < 0.5]
-    id_site = [row for row in half if row["donor_id"] is not None and row["donor_id"] >= 0.8]
-    counts = {"opened": len(rows), "half": len(half), "unseen": len(unseen),
-              "id_site": len(id_site), "no_id_site": len(half) - len(id_site)}
-    for name, chosen in (("half", half), ("unseen", unseen), ("id_site", id_site)):
-        swaps = [redirected_by(row) for row in chosen]
-        counts[f"{name}_used"] = swaps.count("donor")
-        counts[f"{name}_coded"] = swaps.count("code")
-    exceptions = [row for row in half if redirected_by(row) is None]
-    counts["exceptions"] = len(exceptions)
-    counts["together"] = sum((part_of(row) or 0) >= 0.9 for row in exceptions)
+    kinds = {"half": half, "unseen": [], "id_site": [], "no_id_site": [], "together": []}
+    for row in half:
+        if row["seen"] is not None and row["seen"] < 0.5:
+            kinds["unseen"].append(row)
+        has_site = row["donor_id"] is not None and row["donor_id"] >= 0.8
+        kinds["id_site" if has_site else "no_id_site"].append(row)
+        is_tried = row["together"] is not None and row["redirected_by"] == "none"
+        if is_tried and row["together"] >= 0.9 * row["outright"]:
+            kinds["together"].append(row)
+    counts = {"opened": len(rows)}
+    for kind, chosen in kinds.items():
+        counts[kind] = len(chosen)
+        for swap in ("donor", "code", "none"):
+            counts[f"{kind}_{swap}"] = sum(row["redirected_by"] == swap for row in chosen)
     return counts
 
 
@@ -285,13 +274,13 @@ class Book:
         self.runs = runs
         self.numbers = {}  # {group: [numbers of a run, ...]}
         for group, members in runs.groups.items():
-            if group in ALSO:
+            if group in NO_RUNS or " " in group:
                 raise BadInput(f"{group}: no group of runs can have this name")
             self.numbers[group] = [numbers_of(run) for run in members]
         self.rows = rows_of(runs.groups, self.numbers)
         counts = count_runs(self.rows)
         seconds = sum(run.history[-1].get("seconds", 0) for run in chain(*runs.groups.values()))
-        counts["hours"] = seconds / 3600
+        counts["hours"] = round(seconds / 3600)
         self.numbers["paper"] = [paper_numbers()]
         self.numbers["paper_world"] = runs.paper_world
         self.numbers["all"] = [{"counts": counts}]
@@ -309,22 +298,39 @@ class Book:
     def need(self, place):
         """The Cell at "GROUP PATH"; Missing if nothing was measured."""
         cell = self.cell(place)
-        if all(value is None for value in cell.values):
+        if not cell.measured:
             raise Missing(place)
         return cell
 
     def say(self, words):
-        """The text of the Cell at "GROUP PATH", or of a FIELD of it."""
+        """The text of the Cell at "GROUP PATH", or of a field of it, "GROUP PATH FIELD"."""
         group, _, path = words.partition(" ")
         if not path:
             raise BadInput(f"template: {{value:{words}}}: is no place")
-        if not self.numbers.get(group):
+        runs = self.numbers.get(group)
+        if not runs:
             return NO_RUN
-        whole = self.cell(words)  # first, for a number itself may be called mean or n
-        place, _, name = words.rpartition(" ")
-        if name in (*FIELDS, *IN_WORDS) and not whole.have:
-            return self.cell(place).field(name)
-        return whole.text()
+        outer, _, last = path.rpartition(" ")
+        if any(isinstance(get(numbers, outer), dict) for numbers in runs):
+            return cell_at(runs, path).text()  # a number itself may be called mean or n
+        cell = cell_at(runs, outer)
+        if last in (*FIELDS, *IN_WORDS):
+            return cell.field(last)
+        if cell.measured:
+            raise BadInput(f"template: {{value:{words}}}: is no place")
+        return NOT_MEASURED
+
+    def fill(self, text):
+        """The text with every {value:PLACE} or {value:PLACE FIELD} and {verdict:NAME} filled."""
+        def filled(match):
+            kind, _, words = match.group(1).partition(":")
+            if kind == "value":
+                return self.say(words)
+            if kind == "verdict" and self.verdicts.get(words):
+                return self.verdicts[words]
+            raise BadInput(f"template: {match.group(0)}: is no place")
+
+        return re.sub(r"\{([^{}]*)\}", filled, text)
 
 
 def paper_numbers():

@@ -56,17 +56,5 @@ def write_shares(axes, values, least=0.0):
 
 
 def name_seeds(cell):
-    """"3 seeds": the runs of a Cell that were measured, whether what it tells came or not."""
-    n_measured = len(cell.values) - cell.values.count(None)
-    return f"{n_measured} seeds" if n_measured > 1 else "1 seed"
-
-
-def label_ends(axes, x, ends):
-    """Names beside the ends of lines, {name: (color, height)}, pushed down until none overlap."""
-    next_height = 1.1
-    from_the_top = sorted(ends.items(), key=lambda item: item[1][1], reverse=True)
-    for name, (color, height) in from_the_top:
-        height = min(height, next_height)
-        axes.annotate(name, (x, height), (7, 0), textcoords="offset points", va="center",
-                      color=color, annotation_clip=False)
-        next_height = height - (0.14 if "\n" in name else 0.08)
+    """"3 seeds": the runs of a Cell that were measured."""
+    return "1 seed" if cell.seeds == 1 else f"{cell.seeds} seeds"

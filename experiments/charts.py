@@ -7,19 +7,26 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from analyze import short
-from experiments.book import SHARES, answering_half, map_of
-from experiments.canvas import (BLUE, GREY, INDIGO, PURPLE, SAND, SKY, WIDTH, WINE, label_ends,
-                                name_seeds, set_message, show_shares, tick, write_shares)
-from experiments.tables import fill_places
+from experiments.book import NEVER, NO_RUN, SHARES, answering_half, map_of
+from experiments.canvas import (BLUE, GREY, INDIGO, PURPLE, SAND, SKY, WIDTH, WINE, name_seeds,
+                                set_message, show_shares, tick, write_shares)
 from experiments.verdicts import Missing
+
+
+def tell(figure, template, book):
+    """The message of a figure, with its numbers filled in; Missing if a run of one is."""
+    message = book.fill(template)
+    if NO_RUN in message:
+        raise Missing("all runs that its title tells of")
+    set_message(figure, message)
 
 
 # ---------------------------------------------------------------- it groks
 GROKS = (
-    "It has fitted its training at step {value:tiny/natural step fit mean}; nine in ten pairs of OOD "
-    "facts come right at step {value:tiny/natural step answer_.9 mean}")
-CURVES = {"train_inferred": ("training", GREY), "test_id": ("unseen, of\nID facts", SKY),
-          "test_ood": ("unseen, of\nOOD facts", BLUE)}
+    "It has fitted its training at step {value:tiny/natural step fit mean}; nine in ten pairs of "
+    "OOD facts come right at step {value:tiny/natural step answer_.9 mean}")
+CURVES = {"train_inferred": ("training", GREY), "test_id": ("unseen, of ID facts", SKY),
+          "test_ood": ("unseen, of OOD facts", BLUE)}
 
 
 def hero(book):
@@ -29,22 +36,19 @@ def hero(book):
     answered = book.need("tiny/natural step answer_.9")
     figure = Figure((WIDTH, 3.8), layout="constrained")
     axes = figure.subplots()
-    ends = {}
     for split, (name, color) in CURVES.items():
         steps, seeds = curves_of(book, "tiny/natural", split)
         for shares in seeds:
             axes.plot(steps, shares, color=color, linewidth=0.8, alpha=0.55)
-        mean = np.mean(seeds, axis=0)
-        axes.plot(steps, mean, color=color, linewidth=2.2)
-        ends[name] = (color, mean[-1])
-    label_ends(axes, steps[-1], ends)
-    if fit.have and answered.have:
+        axes.plot(steps, np.mean(seeds, axis=0), color=color, linewidth=2.2, label=name)
+    axes.legend(loc="center right")
+    if NEVER not in fit.values + answered.values:
         shade_wait(axes, fit.mean, answered.mean)
     show_shares(axes)
     axes.set(xlim=(0, steps[-1]), ylabel="share of two-step questions answered",
              xlabel=f"training step (tiny, natural, {name_seeds(fit)})")
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    set_message(figure, fill_places(GROKS, book))
+    tell(figure, GROKS, book)
     return figure
 
 
@@ -91,7 +95,7 @@ def store_aim(book):
             place = f"{preset}/natural {stage} aim test_ood"
             draw_bar(axes, x, [book.need(f"{place} {level}") for level in LEVELS])
             right = book.need(f"{place} nearest_right")
-            names.append(f"at the {stage}\n(nearest code right: {right.show(right.mean)})")
+            names.append(f"at the {stage}\n(nearest code right: {short(right.mean)})")
         axes.set_xticks(range(len(names)), names)
         axes.set_title(f"{preset}, natural, {name_seeds(right)}")
         show_shares(axes)
@@ -100,15 +104,16 @@ def store_aim(book):
     handles.append(Patch(facecolor=NOT_STORED, label="not even then: hop 2 is not stored"))
     handles.append(Patch(facecolor="white", edgecolor="black", label="one seed's three levels"))
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
-    set_message(figure, fill_places(STORES_AND_AIMS, book))
+    tell(figure, STORES_AND_AIMS, book)
     return figure
 
 
 def draw_bar(axes, x, cells):
     """A bar stacked up to the means of the LEVELS, and each seed's levels as ticks on it."""
     colors = [color for _, color in LEVELS.values()]
+    means = [cell.mean for cell in cells]
     bottom = 0.0
-    for level, color in zip([*[cell.mean for cell in cells], 1.0], [*colors, NOT_STORED]):
+    for level, color in zip([*means, 1.0], [*colors, NOT_STORED]):
         top = max(bottom, level)  # a step that mends nothing, or less than nothing, has no part
         axes.bar(x, top - bottom, 0.66, bottom, color=color)
         if top - bottom >= 0.05:
@@ -116,7 +121,7 @@ def draw_bar(axes, x, cells):
                       color="white" if color == BLUE else "black")
         bottom = top
     for cell, color in zip(cells, colors):
-        for seed, share in enumerate(cell.have):
+        for seed, share in enumerate(cell.values):
             left = x - 0.31 + 0.13 * seed
             for width, ink in ((4.5, "black"), (2.5, color)):  # a rim around the colour
                 axes.plot([left, left + 0.1], [share, share], color=ink, linewidth=width)
@@ -125,7 +130,7 @@ def draw_bar(axes, x, cells):
 # ---------------------------------------------------------------- used where it is not seen
 USED_NOT_SEEN = (
     "Of {value:all counts half} runs that answer half of the OOD questions, a swap redirects .8 or "
-    "more of the answers in {value:all counts half_used}; the lens sees less than half of the "
+    "more of the answers in {value:all counts half_donor}; the lens sees less than half of the "
     "bridges in {value:all counts unseen}")
 KINDS = {"small": BLUE, "tiny": SKY, "trm": WINE, "trm, a change": SAND,
          "map of supervision": INDIGO}
@@ -165,7 +170,7 @@ def seen_used(book):
     show_shares(axes)
     axes.set_xlabel("seen: share of OOD bridges that the paper's lens shows, at any place")
     axes.set_ylabel("used: share of right OOD answers that a swap redirects")
-    set_message(figure, fill_places(USED_NOT_SEEN, book))
+    tell(figure, USED_NOT_SEEN, book)
     return figure
 
 
@@ -195,7 +200,7 @@ def supervision(book):
         axes.set_title(title, fontsize=9)
     figure.axes[0].set_ylabel("share supervised as hop 1")
     figure.supxlabel("share of the OOD facts supervised as hop 2", fontsize=9)
-    set_message(figure, fill_places(EACH_ITS_OWN, book))
+    tell(figure, EACH_ITS_OWN, book)
     return figure
 
 
@@ -218,8 +223,8 @@ OLD_MLP = {0: "tune/long_natural_end", 0.25: "exposed/natural_end_0.25_4",  # {s
            0.5: "exposed/natural_end_0.5_4"}
 NEW_MLP = {0: "tune/natural_new_mlp", 0.5: "exposed/natural_new_mlp_0.5_4"}
 SERVE = (
-    "New facts serve as hop 1 in {value:tune/long_natural_end 2000 accuracy new_old mean}, with half "
-    "of them exposed in {value:exposed/natural_end_0.5_4 2000 accuracy new_old mean}, with the MLP "
+    "New facts serve as hop 1 in {value:tune/long_natural_end 2000 accuracy new_old mean}, with "
+    "half of them exposed in {value:exposed/natural_end_0.5_4 2000 accuracy new_old mean}, with the MLP "
     "drawn afresh in {value:tune/natural_new_mlp 2000 accuracy new_old mean}; as hop 2 in "
     "{value:tune/long_natural_end 2000 accuracy old_new mean}, "
     "{value:exposed/natural_end_0.5_4 2000 accuracy old_new mean}, "
@@ -242,7 +247,7 @@ def new_facts(book):
             means = []
             for share, group in groups.items():
                 cell = book.need(f"{group} 2000 accuracy {split}")
-                axes.plot([share] * cell.seeds, cell.have, "o", color=color, markersize=5,
+                axes.plot([share] * cell.seeds, cell.measured, "o", color=color, markersize=5,
                           alpha=0.6, clip_on=False)
                 axes.plot([share - 0.02, share + 0.02], [cell.chance] * 2, color=color, linewidth=3,
                           zorder=1)
@@ -257,5 +262,5 @@ def new_facts(book):
                for name, color in SERVED.values()]
     handles.append(Line2D([], [], color="0.3", linewidth=3, label="what r2 alone gives"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
-    set_message(figure, fill_places(SERVE, book))
+    tell(figure, SERVE, book)
     return figure

@@ -5,6 +5,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
 from analyze import POSITIONS, name_positions, short
+from data import reading
 from experiments.canvas import BEA, BLUE, DORA, GREEN, ORANGE, WIDTH, set_message, write_shares
 from experiments.measure import read_json
 from experiments.verdicts import Missing
@@ -139,13 +140,15 @@ def recursion(book):
     redirects at every site inside."""
     book.need("trm/both_full last accuracy test_ood")
     run = book.runs.groups["trm/both_full"][0]
-    measured = read_json(run.folder / "paths.json", dict).get("end")
-    if measured is None:
+    path = run.folder / "paths.json"
+    if not path.exists():
         raise Missing(f"paths.json of {run.name}, which analyze.py makes")
-    redirected = measured["test_ood"]["used"]["other_r2"]["redirected"]
-    shares = np.stack([redirected[part] for part in PARTS], axis=1)          # (n_loops, 2, T)
-    lens = np.array(measured["test_ood"]["seen"]["state"]["bridge"]["map"])  # (n_loops, T)
     config = run.config
+    with reading(path):
+        measured = read_json(path, dict)["end"]
+        redirected = measured["test_ood"]["used"]["other_r2"]["redirected"]
+        shares = np.stack([redirected[part] for part in PARTS], axis=1)          # (n_loops, 2, T)
+        lens = np.array(measured["test_ood"]["seen"]["state"]["bridge"]["map"])  # (n_loops, T)
     n_in_cycle = config.n_low + 1
     figure = Figure((WIDTH, 1.2 + 1.9 * config.n_cycles), layout="constrained")
     passes = figure.subplots(config.n_cycles, n_in_cycle, squeeze=False).ravel()
@@ -211,5 +214,5 @@ def say_recursion(config, measured):
     n_map = measured["test_ood"]["used"]["other_r2"]["n"]
     seen = f"{short(lens['any'])} of the bridges (chance {short(lens['any_chance'])})"
     return (f"In seed {config.seed} of the paper's recursion the lens, which looks after every "
-            f"pass, sees {seen}; a swap at the black frame redirects {short(swaps['donor'])} of the "
-            f"answers (n = {swaps['n']}; in the map {n_map})")
+            f"pass, sees {seen}; a swap at the black frame redirects {short(swaps['donor'])} of "
+            f"the answers (n = {swaps['n']}; in the map {n_map})")

@@ -45,7 +45,7 @@ def read_frames(book):
     if not path.exists():
         raise Missing(f"frames.npz of {run.name}, which experiments.measure --frames makes")
     with reading(path), np.load(path) as saved:
-        return {key: saved[key] for key in saved}
+        return {name: saved[name] for name in ("step", "answer", "seen", "used")}
 
 
 def scene(frames, i):
@@ -126,18 +126,19 @@ def draw(file, book):
 
 def draw_all(root, output, only=None):
     """Draw the pictures of the runs below root into the folder `output`."""
-    book = Book(read_runs(root))
-    if not book.runs.groups:
-        raise BadInput(f"{root}: holds no finished run")
-    for reason in book.runs.left_out:
+    runs = read_runs(root)
+    for reason in runs.left_out:
         say(f"left out: {reason}")
+    if not runs.groups:
+        raise BadInput(f"{root}: holds no finished run")
+    book = Book(runs)
     check_writable(output)
     for file in PICTURES if only is None else [only]:
         try:
             write_file(output / file, draw(file, book))
             say((output / file).as_posix())
-        except Missing as place:
-            say(f"{file}: skipped, there is no {place}")
+        except Missing as lacking:
+            say(f"{file}: skipped, {root.as_posix()} lacks {lacking}")
 
 
 @command("experiments.pictures")

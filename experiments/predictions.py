@@ -2,15 +2,13 @@
 
 predictions.txt has them in a form that can be judged: under the name and the words of a prediction
 stand the comparisons that must all hold, each "at least LEVEL | NUMBER" or "at most LEVEL |
-NUMBER". A NUMBER is "PLACE FIELD", see book.py, or reckoned from such, "A - B" or "A - B * C"; a
-comparison that begins with "or" may hold in place of the one above it. Where PREDICTIONS.md gives
-no level ("at chance", "does not mend"), we chose it here, afterwards.
+NUMBER". A NUMBER is "PLACE FIELD", see book.py, or reckoned from such, "A - B" or "A - B * C";
+steps that never came are later than any step. Where PREDICTIONS.md gives no level ("at chance",
+"does not mend"), we chose it here, afterwards.
 """
 import math
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from experiments.verdicts import FAILS, HOLDS, OPEN, Missing
 
@@ -20,8 +18,7 @@ TEXT = Path(__file__).with_name("predictions.txt")
 @dataclass(frozen=True)
 class Comparison:
     """What a number must be."""
-    is_alternative: bool  # to the comparison above it
-    rule: str             # "at least" or "at most"
+    rule: str  # "at least" or "at most"
     level: float
     number: str
 
@@ -37,16 +34,15 @@ def read_predictions(text):
             comparisons = []
             predictions[name] = (said, comparisons)
             continue
-        condition, number = line.split(" | ")
-        *words, level = condition.split()
-        comparisons.append(Comparison(words[0] == "or", " ".join(words[-2:]), float(level),
-                                      " ".join(number.split())))
+        condition, number = line.strip().split(" | ")
+        rule, _, level = condition.rpartition(" ")
+        comparisons.append(Comparison(rule, float(level), number))
     return predictions
 
 
 def number_of(book, words):
     """The value of "A", "A - B" or "A - B * C", each "PLACE FIELD"; None if one is not there, or if
-    neither of two steps ever came. What never came is later than any step."""
+    neither of two steps ever came."""
     terms = []
     for term in words.split(" - "):
         factors = [value_of(book, place) for place in term.split(" * ")]
@@ -64,28 +60,20 @@ def value_of(book, words):
         cell = book.need(place)
     except Missing:
         return None
-    there = [value for value in cell.values if value is not None]
-    if name in ("mean", "least", "most"):
-        return float({"mean": np.mean, "least": min, "most": max}[name](there))
-    return len(set(there)) if name == "different" else getattr(cell, name)
+    return len(set(cell.measured)) if name == "different" else getattr(cell, name)
 
 
 def judge(comparisons, numbers):
     """HOLDS; FAILS if one comparison does; OPEN if none does and a number is not there."""
-    results = []
     for comparison, number in zip(comparisons, numbers):
-        is_so = None
-        if number is not None:
-            is_so = number <= comparison.level
-            if comparison.rule == "at least":
-                is_so = number >= comparison.level
-        if comparison.is_alternative:
-            either = (results.pop(), is_so)
-            is_so = True in either or (None if None in either else False)
-        results.append(is_so)
-    if False in results:
-        return FAILS
-    return OPEN if None in results else HOLDS
+        if number is None:
+            continue
+        is_enough = number >= comparison.level
+        if comparison.rule == "at most":
+            is_enough = number <= comparison.level
+        if not is_enough:
+            return FAILS
+    return OPEN if None in numbers else HOLDS
 
 
 def predict_all(book):
@@ -96,7 +84,6 @@ def predict_all(book):
         numbers = [number_of(book, comparison.number) for comparison in comparisons]
         outcomes[name] = judge(comparisons, numbers)
         for comparison, number in zip(comparisons, numbers):
-            rule = f"or {comparison.rule}" if comparison.is_alternative else comparison.rule
-            rows.append([name, said, comparison.number, number, rule, comparison.level,
+            rows.append([name, said, comparison.number, number, comparison.rule, comparison.level,
                          outcomes[name]])
     return outcomes, rows

@@ -13,7 +13,7 @@ import numpy as np
 
 from data import BadInput, make_splits, make_world, reading
 from experiments.measure import read_json
-from grok import Config, first_step, read_run
+from grok import WEIGHTS, Config, first_step, read_run
 
 NEVER = math.inf  # the step of what never came
 
@@ -57,7 +57,7 @@ def read_runs(root):
             check_group(run, group)
             group.append(run)
         except BadInput as error:
-            reason = str(error).removeprefix(f"{path.parent}: ")
+            reason = str(error).removeprefix(str(path.parent)).lstrip(":/ ")
             runs.left_out.append(f"{name}: {reason}".replace(f"{root}/", ""))
     runs.groups = {name: group for name, group in runs.groups.items() if group}
     if not runs.groups and not runs.left_out:
@@ -81,22 +81,48 @@ def read_one(folder, name):
               grokfast=read_json(folder / "grokfast.json", dict),
               together=read_json(folder / "together.json", list))
     with reading(folder / "inside.json"):
-        for stage, measured in run.inside.items():
-            check_leaves(measured, stage)
+        check_names([run.inside], (), ("r2_alone", *WEIGHTS))
+        check_numbers(run.inside, "")
+    for name, entries, needed in (("metrics.jsonl", history, ()),
+                                  ("film.json", run.film, ("step", "fitted", "test_ood")),
+                                  ("graft.json", run.grafts, ("seed", "first", "last")),
+                                  ("grokfast.json", [run.grokfast], ()),
+                                  ("together.json", run.together, ("redirected", "outright"))):
+        with reading(folder / name):
+            check_names(entries, needed)
+            for entry in entries:
+                check_numbers(entry, "")
     return run
 
 
-def check_leaves(tree, path):
-    """ValueError, with its path, if nested dicts hold what is no number."""
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} is no dict")
+def check_names(entries, needed, allowed=None):
+    """ValueError if an entry of a list is no dict with the needed names, and no other than the
+    allowed ones."""
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise ValueError(f"{entry} is no dict")
+        for name in needed:
+            if name not in entry:
+                raise ValueError(f"{name} is missing")
+        for name in entry:
+            if allowed and name not in allowed:
+                raise ValueError(f"{name} is unknown")
+
+
+PLACES = ("where", "name", "names", "sites", "best_site")  # no numbers: they say where
+
+
+def check_numbers(tree, path):
+    """ValueError, with its path, if nested dicts hold what is no number, beside None and the names
+    of PLACES."""
     for name, value in tree.items():
+        place = f"{path} {name}".strip()
         if isinstance(value, dict):
-            check_leaves(value, f"{path} {name}")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{path} {name} is {value}")
-        elif isinstance(value, str) and name not in ("name", "where"):
-            raise ValueError(f"{path} {name} is no number")
+            check_numbers(value, place)
+        elif name not in PLACES:
+            is_number = type(value) in (int, float) and math.isfinite(value)
+            if value is not None and not is_number:
+                raise ValueError(f"{place} is {value}")
 
 
 def check_group(run, group):

@@ -1,6 +1,6 @@
 """The results page, and the tables behind it, from the files of the runs.
 
-    python -m experiments.tables              writes README.md and tables/*.csv into runs/shipped
+    python -m experiments.tables              writes README.md and tables/*.csv beside the runs
     python -m experiments.tables --check      says whether they are what the runs there give
     python -m experiments.tables --readme     writes README.md of the project, from readme.md
 
@@ -8,7 +8,6 @@ The words of a page stand in page.md or readme.md; the numbers come from here, i
 
     {value:PLACE [FIELD]}      a number of the book: "mean (least–most)", or one FIELD of it
     {verdict:NAME}             holds, partly, differs or open (JUDGES), fails (predictions.txt)
-    {left_out}                 the runs that cannot be used, and why
 
 and in tables a line "| = | {value:@1 PATH} | ..." is the pattern of the lines below it, each
 "| label | @ GROUP; WORD |", which stand for @1 and @2. What a PLACE is, book.py says;
@@ -43,48 +42,24 @@ def fill(template, book):
         if not line.startswith("|"):
             pattern = None
         lines.append(line if pattern is None else fill_pattern(pattern, line))
-    return fill_places("\n".join(lines), book).rstrip() + "\n"
+    return book.fill("\n".join(lines)).rstrip() + "\n"
 
 
 def fill_pattern(pattern, line):
     """The line "| label | @ KEY; KEY |" of a table as the pattern has it, with the keys for @1, @2,
     ...: its places are still to be filled."""
-    if len(cells_of(line)) != 2:
+    label, *rest = cells_of(line)
+    if len(rest) != 1 or not rest[0].startswith("@"):
         raise BadInput(f"template: {line}: is no line of a table with a pattern")
-    label, keys = cells_of(line)
-    cells = [label]
-    for cell in pattern:
-        for number, key in enumerate(keys.removeprefix("@").split(";"), 1):
-            cell = cell.replace(f"@{number}", key.strip())
-        cells.append(cell)
-    return f"| {' | '.join(cells)} |"
+    cells = " | ".join([label, *pattern])
+    for number, key in enumerate(rest[0].removeprefix("@").split(";"), 1):
+        cells = cells.replace(f"@{number}", key.strip())
+    return f"| {cells} |"
 
 
 def cells_of(line):
     """["a", "b"] of "| a | b |"."""
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
-
-
-def fill_places(text, book):
-    """The text with its {value:...}, {verdict:...} and {left_out} filled."""
-    def put(match):
-        kind, _, words = match.group(1).partition(":")
-        if kind == "value":
-            return book.say(words)
-        if kind == "verdict" and words in book.verdicts:
-            return book.verdicts[words]
-        if kind == "left_out":
-            return left_out_sentence(book.runs)
-        raise BadInput(f"template: {match.group(0)}: is no place")
-
-    return re.sub(r"\{([^{}]*)\}", put, text)
-
-
-def left_out_sentence(runs):
-    """Which runs cannot be used, and why."""
-    if not runs.left_out:
-        return ""
-    return f"Left out: {'; '.join(runs.left_out)}."
 
 
 # ---------------------------------------------------------------- files
@@ -93,8 +68,7 @@ CSVS = {  # table: the first words of the places in it
     "aim_and_store": ("fit aim", "end aim"), "swaps": ("fit site", "end site"),
     "seen": ("end test_id", "end test_ood"),
     "new_facts": ("500 accuracy", "2000 accuracy", "last accuracy", "r2_alone"),
-    "film": ("film",), "grokfast": ("grokfast",), "paper_world": ("code", "text"),
-    "counts": ("counts",)}
+    "others": ("film", "grokfast", "graft", "counts", "code", "text")}
 
 
 def csv_of_places(book, table):
@@ -150,10 +124,13 @@ def read_template(name):
 def all_files(root):
     """({path below ROOT: bytes} of page and tables, the Book)."""
     book = Book(read_runs(root))
-    files = {"README.md": fill(read_template("page.md"), book).encode()}
+    page = fill(read_template("page.md"), book)
+    if book.runs.left_out:
+        page += f"\nLeft out: {'; '.join(book.runs.left_out)}.\n"
+    files = {"README.md": page.encode()}
     for table in CSVS:
         files[f"tables/{table}.csv"] = csv_of_places(book, table)
-    columns = ["run", *RUN_COLUMNS]
+    columns = ["run", *RUN_COLUMNS, "redirected_by"]
     rows = []
     for row in book.rows:
         rows.append([row[column] for column in columns])
@@ -187,15 +164,17 @@ def compare(files, out):
 def parse(argv=None):
     parser = Parser(prog="python -m experiments.tables",
                     description="The results page and its tables, from the files of the runs.")
-    parser.add_argument("--root", type=Path, default=HERE.parent / "runs" / "shipped",
-                        help="the folder of the runs (runs/shipped)")
+    parser.add_argument("--root", type=Path, help="the folder of the runs (runs/shipped)")
     parser.add_argument("-o", "--out", type=Path, metavar="FOLDER", help="write there (ROOT)")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--check", action="store_true", help="compare, and write nothing")
     instead.add_argument("--readme", action="store_true", help="write the README of the project")
     args = parser.parse_args(argv)
-    if args.readme and args.out:
-        raise BadInput(f"out = {args.out}: --readme writes README.md of the project")
+    for name in ("root", "out"):
+        if args.readme and getattr(args, name):
+            raise BadInput(f"{name} = {getattr(args, name)}: --readme writes README.md of the "
+                           "project, from runs/shipped")
+    args.root = args.root or HERE.parent / "runs" / "shipped"
     return args
 
 
@@ -205,8 +184,8 @@ def main(argv=None):
     args = parse(argv)
     files, book = all_files(args.root)
     out = args.out or args.root
-    if book.runs.left_out:
-        print(f"experiments.tables: {left_out_sentence(book.runs)}", file=sys.stderr)
+    for reason in book.runs.left_out:
+        print(f"experiments.tables: left out: {reason}", file=sys.stderr)
     if args.readme:
         text = fill(read_template("readme.md"), book)
         write_file(HERE.parent / "README.md", text.encode())

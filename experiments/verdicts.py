@@ -17,7 +17,7 @@ DIFFERS = "differs"
 OPEN = "open"
 FAILS = "fails"  # a prediction
 
-TOO_FEW = 20     # queries a run; a swap on fewer decides nothing
+TOO_FEW = 20     # queries a run: a swap on fewer does not decide `folds`
 NATURAL = {"small": "long/natural", "trm": "trm/natural"}              # natural training
 SECOND = {"small": "small/second_full", "trm": "trm/second_full"}       # hop 2 supervised
 EARLY = {"small": "tune/small_natural_end", "trm": "tune/trm_natural"}  # new facts, 500 steps
@@ -35,15 +35,22 @@ def verdict_of(cases):
     return PARTLY if any(cases) else DIFFERS
 
 
+def every(book, place):
+    """The values at a place, of every run; Missing if one was not measured."""
+    values = book.need(place).values
+    if None in values:
+        raise Missing(place)
+    return values
+
+
 def judge_sooner(book, preset):
     """Both hops supervised: nine answers in ten, before natural training has them.
 
     Holds if every run with both hops supervised has .9 before any natural run; partly if some do.
     """
-    both = book.need(f"{preset}/both_full step answer_.9")
-    natural = book.need(f"{NATURAL[preset]} step answer_.9")
-    first = min(natural.have, default=math.inf)
-    return verdict_of([step < first for step in both.values])
+    both = every(book, f"{preset}/both_full step answer_.9")
+    natural = min(every(book, f"{NATURAL[preset]} step answer_.9"))
+    return verdict_of([step < natural for step in both])
 
 
 def judge_stages(book, preset):
@@ -52,20 +59,18 @@ def judge_stages(book, preset):
     Holds if every run is fitted, then the lens sees half, then half is answered (or not yet);
     partly if the nearest code, another instrument, gives this order.
     """
-    by_lens = [book.need(f"{NATURAL[preset]} step {name}")
+    by_lens = [every(book, f"{NATURAL[preset]} step {name}")
                for name in ("fit", "lens_.5", "answer_.5")]
     if in_order(*by_lens):
         return HOLDS
-    by_code = [book.need(f"{preset}/natural film {name}")
+    by_code = [every(book, f"{preset}/natural film {name}")
                for name in ("fit", "aim_.5", "answer_.5")]
     return PARTLY if in_order(*by_code) else DIFFERS
 
 
 def in_order(fit, bridge, answer):
     """Whether in every run the bridge came after the fit, and before the answer (if that came)."""
-    for fitted, seen, answered in zip(fit.values, bridge.values, answer.values):
-        if None in (fitted, seen, answered):
-            raise Missing("a step of some seed")
+    for fitted, seen, answered in zip(fit, bridge, answer):
         if not fitted < seen < math.inf or answered <= seen:
             return False
     return True
@@ -109,8 +114,8 @@ def judge_before(book, preset):
 
     Holds if it is so in every run, partly if in some.
     """
-    answers = book.need(f"{preset}/both_full step answer_.5").values
-    bridges = book.need(f"{preset}/both_full step lens_.5").values
+    answers = every(book, f"{preset}/both_full step answer_.5")
+    bridges = every(book, f"{preset}/both_full step lens_.5")
     return verdict_of([answer < bridge for answer, bridge in zip(answers, bridges)])
 
 
@@ -123,13 +128,11 @@ def judge_new_facts(book, preset):
     in_every_run = []
     on_average = []
     for line in (f"{EARLY[preset]} 500", f"{LATE[preset]} last"):
-        hop1 = book.need(f"{line} accuracy new_old")
-        hop2 = book.need(f"{line} accuracy old_new")
-        if None in (*hop1.values, *hop2.values):
-            raise Missing(line)
-        leads = [first - second for first, second in zip(hop1.values, hop2.values)]
+        hop1 = every(book, f"{line} accuracy new_old")
+        hop2 = every(book, f"{line} accuracy old_new")
+        leads = [first - second for first, second in zip(hop1, hop2)]
         in_every_run.append(min(leads) >= 0.1)
-        on_average.append(hop1.mean - hop2.mean >= 0.1)
+        on_average.append(sum(leads) / len(leads) >= 0.1)
     if all(in_every_run):
         return HOLDS
     return PARTLY if any(on_average) else DIFFERS

@@ -249,10 +249,10 @@ def test_the_first_evaluation_trained_again_is_the_shipped_one(group):
 
 
 def test_ood_questions_use_the_site_of_id_questions_in_every_run_that_has_one():
-    counts = {row["path"].split()[1]: int(float(row["mean"])) for row in rows_of("counts")
+    counts = {row["path"].removeprefix("counts "): float(row["mean"]) for row in rows_of("others")
               if row["runs"] == "all"}
     assert counts["id_site"] >= 80
-    assert counts["id_site"] == counts["id_site_used"] + counts["id_site_coded"]
+    assert counts["id_site"] == counts["id_site_donor"] + counts["id_site_code"]
 
 
 def test_the_cheapest_square_with_nine_in_ten_supervises_hop_1_and_a_quarter_of_hop_2():
