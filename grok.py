@@ -988,7 +988,8 @@ def steps_done(folder, config, files):
 
 def check_more_steps(folder, config, earlier, done, has_last):
     """Refuse to go on where that would not be the same run."""
-    if config.steps < earlier.steps or config.steps > earlier.steps and config.decay:
+    is_longer = config.steps > earlier.steps
+    if config.steps < earlier.steps or (is_longer and config.decay):
         raise BadInput(f"steps = {config.steps}: {folder} holds a run of {earlier.steps}, which "
                        "cannot be shortened, nor, with decay, be lengthened; choose another --out")
     if 0 < done < config.steps and not has_last:

@@ -178,7 +178,7 @@ def square(hop1, hop2):
     return f"map/hop1_{hop1:g}_hop2_{hop2:g}"
 
 
-def map_of(book, path):
+def supervision_map(book, path):
     """Means by hop 1's share and hop 2's, (5, 5); nan where nothing was measured."""
     means = np.full((len(SHARES), len(SHARES)), np.nan)
     for row, hop1 in enumerate(SHARES):
@@ -191,8 +191,8 @@ def map_of(book, path):
 def moves_of_map(book):
     """How far aim and store move at most along the other hop's share; {} while a square is
     missing."""
-    aim = map_of(book, "end aim test_ood nearest_right")
-    store = map_of(book, "end aim test_ood own_code")
+    aim = supervision_map(book, "end aim test_ood nearest_right")
+    store = supervision_map(book, "end aim test_ood own_code")
     if np.isnan(aim + store).any():
         return {}
     return {"aim_along_hop2": np.ptp(aim, axis=1).max(),

@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from analyze import short
-from experiments.book import NEVER, NO_RUN, SHARES, answering_half, map_of
+from experiments.book import NEVER, NO_RUN, SHARES, answering_half, supervision_map
 from experiments.canvas import (BLUE, GREY, INDIGO, PURPLE, SAND, SKY, WIDTH, WINE, name_seeds,
                                 set_message, show_shares, tick, write_shares)
 from experiments.verdicts import Missing
@@ -194,9 +194,9 @@ def supervision(book):
     figure = Figure((WIDTH, 2.9), layout="constrained")
     for axes, (path, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
         if "seen" in path:
-            chances = map_of(book, f"{path}_chance")
+            chances = supervision_map(book, f"{path}_chance")
             title += f"\n(chance {short(np.nanmin(chances))}–{short(np.nanmax(chances))})"
-        draw_panel(axes, map_of(book, path), "Oranges" if "seen" in path else "Blues")
+        draw_panel(axes, supervision_map(book, path), "Oranges" if "seen" in path else "Blues")
         axes.set_title(title, fontsize=9)
     figure.axes[0].set_ylabel("share supervised as hop 1")
     figure.supxlabel("share of the OOD facts supervised as hop 2", fontsize=9)

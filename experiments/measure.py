@@ -114,8 +114,9 @@ def evaluations(trainer):
 def check_same_end(folder, line):
     """Refuse a run that, trained anew, ends otherwise than its metrics.jsonl says."""
     _, history = read_run(folder)
-    ours, theirs = (end["accuracy"]["test_ood"] for end in (line, history[-1]))
-    if abs(ours - theirs) > 1e-4:
+    now = line["accuracy"]["test_ood"]
+    then = history[-1]["accuracy"]["test_ood"]
+    if abs(now - then) > 1e-4:
         raise BadInput(f"{folder}: trained anew it ends otherwise; this machine rounds otherwise")
 
 

@@ -32,15 +32,15 @@ from grok import PARTS, Parser, command, say, write_file
 
 
 # ---------------------------------------------------------------- the moving picture
-FILMED = "small/second_full"  # its first seed
+FILMED_RUN = "small/second_full"  # its first seed
 MAPS = {"seen": ("what the lens sees", "Oranges"),
         "used": ("what a swap shows is used", "Blues")}
 
 
 def read_frames(book):
     """What frames.npz of the filmed run holds."""
-    book.need(f"{FILMED} last accuracy test_ood")
-    run = book.runs.groups[FILMED][0]
+    book.need(f"{FILMED_RUN} last accuracy test_ood")
+    run = book.runs.groups[FILMED_RUN][0]
     path = run.folder / "frames.npz"
     if not path.exists():
         raise Missing(f"frames.npz of {run.name}, which experiments.measure --frames makes")

@@ -278,6 +278,7 @@ def processors():
 
 
 def parse(argv=None):
+    """The options of the command line."""
     parser = grok.Parser(prog="python -m experiments.run_all",
                          formatter_class=argparse.RawTextHelpFormatter, epilog=HELP,
                          description="Train every run of a plan, as many at once as there are "

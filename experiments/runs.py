@@ -127,15 +127,16 @@ def check_numbers(tree, path):
 
 def check_group(run, group):
     """Refuse a run that differs from its group in more than its seed, or in nothing."""
-    for other in group:
-        if run.config.seed == other.config.seed:
-            raise BadInput(f"has the seed of {other.name}")
+    steps = [line["step"] for line in run.history]
+    for member in group:
+        if run.config.seed == member.config.seed:
+            raise BadInput(f"has the seed of {member.name}")
         for name, value in asdict(run.config).items():
-            theirs = getattr(other.config, name)
-            if name not in ("seed", "device") and value != theirs:
-                raise BadInput(f"{name} = {value}, but {other.name} has {theirs}")
-        if [line["step"] for line in run.history] != [line["step"] for line in other.history]:
-            raise BadInput(f"was evaluated at other steps than {other.name}")
+            value_of_group = getattr(member.config, name)
+            if name not in ("seed", "device") and value != value_of_group:
+                raise BadInput(f"{name} = {value}, but {member.name} has {value_of_group}")
+        if steps != [line["step"] for line in member.history]:
+            raise BadInput(f"was evaluated at other steps than {member.name}")
 
 
 # ---------------------------------------------------------------- the numbers of one run

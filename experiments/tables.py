@@ -162,6 +162,7 @@ def compare(files, out):
 
 
 def parse(argv=None):
+    """The options, root filled in."""
     parser = Parser(prog="python -m experiments.tables",
                     description="The results page and its tables, from the files of the runs.")
     parser.add_argument("--root", type=Path, help="the folder of the runs (runs/shipped)")
