@@ -151,19 +151,20 @@ def size_at(numbers, path):
     return size
 
 
+CHANCES = {  # where it is not called NAME_chance
+    "as_is": "random_code", "snapped": "random_code", "own_code": "random_code",
+    "mean": "random_code", "donor": "noise", "code": "noise", "code_in_state": "noise"}
+
+
 def chance_at(numbers, path):
     """The chance level of the number at a path, or None."""
     *parents, name = path.split()
-    beside = " ".join(parents)
     if name == "nearest_right" or "present" in parents:
         return 1 / numbers["config"]["n_entities"]
     if "accuracy" in parents:  # of a split with new facts
         return get(numbers, f"r2_alone {name}")
-    if "aim" in parents and name != "random_code":
-        return get(numbers, f"{beside} random_code")
-    if "site" in parents and name in ("donor", "code", "code_in_state"):
-        return get(numbers, f"{beside} noise")
-    return get(numbers, f"{beside} {name}_chance")
+    beside = CHANCES.get(name, f"{name}_chance")
+    return get(numbers, " ".join([*parents, beside]))
 
 
 # ---------------------------------------------------------------- the map of supervision
