@@ -210,8 +210,8 @@ RUN_COLUMNS = {  # column: path in the numbers of a run; all but donor_id are of
     "donor": "end site test_ood donor", "code": "end site test_ood code",
     "noise": "end site test_ood noise", "donor_id": "end site test_id donor",
     "n_swapped": "end site test_ood n",
-    "where": "end site where", "site": "end site name", "together": "together redirected",
-    "outright": "together outright", "class": "class"}
+    "where": "end site where", "site": "end site name", "together": "together 6 redirected",
+    "outright": "together 6 outright", "class": "class"}
 
 
 def rows_of(groups, numbers):

@@ -224,8 +224,8 @@ OLD_MLP = {0: "tune/long_natural_end", 0.25: "exposed/natural_end_0.25_4",  # {s
 NEW_MLP = {0: "tune/natural_new_mlp", 0.5: "exposed/natural_new_mlp_0.5_4"}
 SERVE = (
     "New facts serve as hop 1 in {value:tune/long_natural_end 2000 accuracy new_old mean}, with "
-    "half of them exposed in {value:exposed/natural_end_0.5_4 2000 accuracy new_old mean}, with the MLP "
-    "drawn afresh in {value:tune/natural_new_mlp 2000 accuracy new_old mean}; as hop 2 in "
+    "half of them exposed in {value:exposed/natural_end_0.5_4 2000 accuracy new_old mean}, with "
+    "the MLP drawn afresh in {value:tune/natural_new_mlp 2000 accuracy new_old mean}; as hop 2 in "
     "{value:tune/long_natural_end 2000 accuracy old_new mean}, "
     "{value:exposed/natural_end_0.5_4 2000 accuracy old_new mean}, "
     "{value:tune/natural_new_mlp 2000 accuracy old_new mean}; two of them are chained in "

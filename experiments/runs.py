@@ -87,7 +87,8 @@ def read_one(folder, name):
                                   ("film.json", run.film, ("step", "fitted", "test_ood")),
                                   ("graft.json", run.grafts, ("seed", "first", "last")),
                                   ("grokfast.json", [run.grokfast], ()),
-                                  ("together.json", run.together, ("redirected", "outright"))):
+                                  ("together.json", run.together,
+                                   ("sites", "redirected", "outright"))):
         with reading(folder / name):
             check_names(entries, needed)
             for entry in entries:
@@ -155,8 +156,8 @@ def numbers_of(run):
     worked out from them."""
     numbers = {str(line["step"]): line for line in run.history}
     numbers.update(last=run.history[-1], config=asdict(run.config), **run.inside)
-    if run.together:
-        numbers["together"] = run.together[-1]  # of its largest set of sites
+    if run.together:  # {"6": what six sites redirect}
+        numbers["together"] = {str(len(entry["sites"])): entry for entry in run.together}
     if run.grokfast:
         numbers["grokfast"] = {name: NEVER if value is None else value
                                for name, value in run.grokfast.items()}

@@ -195,7 +195,8 @@ def whole(tmp_path_factory):
             form = {"entity": 0.75, "last": 0.0} if seed == 0 else {"entity": 0.0, "last": 0.75}
             write_run(root, f"{name}/seed{seed}", config=configs[name], shares=shares,
                       steps=steps, film=film, grafts=grafts, grokfast=grokfast,
-                      together=[{"redirected": 0.5, "outright": 1.0}],
+                      together=[{"sites": [0] * size, "n": 500, "redirected": 0.5, "outright": 1.0}
+                                for size in (2, 6)],
                       inside={**inside_of(**form, **learnt), "r2_alone": r2_alone})
     return root, *tables.all_files(root)
 
@@ -333,7 +334,7 @@ def test_a_measurement_that_is_no_number_leaves_its_run_out_by_name(write, damag
     ({"film": [1]}, "film.json: is damaged, or another kind of file (1 is no dict)"),
     ({"film": [{"step": 1, "fitted": 0.5}]}, "test_ood is missing"),
     ({"grafts": [{"seed": 1, "first": "a", "last": 0.5}]}, "first is a"),
-    ({"grokfast": {"fit": [1]}}, "fit is [1]"), ({"together": [{}]}, "redirected is missing"),
+    ({"grokfast": {"fit": [1]}}, "fit is [1]"), ({"together": [{}]}, "sites is missing"),
     ({"shares": {"test_ood": "half"}}, "metrics.jsonl: is damaged")])
 def test_so_does_one_of_another_measurement(write, damage, reason):
     write_one, read_book = write
@@ -522,7 +523,7 @@ def test_the_exceptions_are_those_that_answer_half_and_are_not_redirected(write)
     for seed, (answer, donor, code) in enumerate(numbers):
         inside = inside_of(as_is=answer, donor=donor)
         inside["end"]["site"]["test_ood"]["code"] = code
-        together = [{"redirected": 0.45, "outright": 0.5}] if seed == 0 else None
+        together = [{"sites": [0] * 6, "redirected": 0.45, "outright": 0.5}] if seed == 0 else None
         write_one(f"small/natural/seed{seed}", inside=inside, together=together)
     book = read_book()
     counted = {"opened": 5, "half": 4, "half_donor": 1, "half_code": 1, "half_none": 2,
