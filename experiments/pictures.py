@@ -138,6 +138,8 @@ def draw_all(root, output, only=None):
             write_file(output / file, draw(file, book))
             say((output / file).as_posix())
         except Missing as lacking:
+            if only:
+                raise BadInput(f"only = {only}: {root.as_posix()} lacks {lacking}")
             say(f"{file}: skipped, {root.as_posix()} lacks {lacking}")
 
 

@@ -233,6 +233,9 @@ def test_missing_runs_skip_a_picture_and_what_is_unfinished_is_named(root, tmp_p
     for file in ("hero.png", "map.png", "new_facts.png", "recursion.png", "grokking.gif"):
         assert f"{file}: skipped" in said and not (tmp_path / "out" / file).exists()
     assert (tmp_path / "out/store_aim.png").exists()
+    only = ["--root", str(some), "-o", str(tmp_path / "out"), "--only", "hero.png"]
+    assert pictures.main(only) == 2
+    assert "only = hero.png: " in capsys.readouterr().err
     aims = figure_of("store_aim.png", Book(read_runs(some)))
     assert len(aims.axes[0].patches) == 8 and aims.axes[0].get_title() == "small, natural, 1 seed"
 
